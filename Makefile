@@ -1,0 +1,77 @@
+# Two commands for a fresh machine:  make demo   and   make test
+#
+# Inside an activated virtual or conda environment its Python is used; otherwise .venv is made
+# here, by uv where it is installed and by python3 -m venv where it is not.
+
+PYTHON ?= python3
+VENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
+PY := $(VENV)/bin/python
+DEMO_DIR ?= outputs/demo
+FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+GROUPS := /usr/share/unicode/emoji/emoji-test.txt
+SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
+# The environment may hold a fastldm installed from another checkout: the stamp names this one.
+STAMP := $(VENV)/.fastldm-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
+
+# A virtual environment made by uv holds no pip.
+INSTALL = $$($(PY) -m pip --version >/dev/null 2>&1 \
+	&& echo "$(PY) -m pip install --disable-pip-version-check" \
+	|| echo "uv pip install --python $(PY)")
+
+.PHONY: demo test bench lint format setup setup-test emoji-data clean help
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: setup emoji-data ## train both stages on emoji and write pictures to outputs/demo
+	$(PY) examples/demo.py --output-dir '$(DEMO_DIR)'
+
+test: setup-test emoji-data ## run every check and test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=15 \
+		--cov --cov-report=term:skip-covered --cov-report=xml --cov-fail-under=90 $(PYTEST_ARGS)
+
+bench: setup-test ## run the benchmarks
+	$(PY) -m pytest benchmarks $(PYTEST_ARGS)
+
+lint: setup-test ## ruff, mypy and import-linter
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: setup-test ## format the Python and C++ sources
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(INSTALL) clang-format && $(VENV)/bin/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+setup: $(STAMP)-train ## virtual environment, package and extension
+setup-test: $(STAMP)-test
+
+# torch first: the extension is compiled against the torch that will load it.
+$(STAMP)-train $(STAMP)-test: $(STAMP)-%: $(SOURCES) | $(PY)
+	$(INSTALL) 'torch>=2.11' 'setuptools>=77' 'pybind11>=2.13' ninja numpy
+	$(INSTALL) --no-build-isolation -e '.[$*]'
+	$(PY) -m fastldm.env
+	touch $@
+
+$(PY):
+	@if command -v uv >/dev/null 2>&1; then uv venv --python '>=3.11' '$(VENV)'; \
+	elif ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+		echo "fastldm needs Python 3.11 or newer as '$(PYTHON)'; name another with: make PYTHON=python3.12 …" >&2; exit 1; \
+	else $(PYTHON) -m venv '$(VENV)' || { rm -rf '$(VENV)'; \
+		echo "no virtual environment could be made; on Debian or Ubuntu first: sudo apt install python3-venv" >&2; exit 1; }; fi
+
+# The demo's pictures: the Noto Color Emoji font and Unicode's list of emoji groups.
+emoji-data:
+	@if [ -n "$$FASTLDM_EMOJI_FONT" ] || { [ -f $(FONT) ] && [ -f $(GROUPS) ]; }; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then run=; elif sudo -n true 2>/dev/null; then run=sudo; else run=no; fi; \
+	if [ "$$run" != no ] && command -v apt-get >/dev/null 2>&1; then \
+		$$run apt-get update -q && $$run env DEBIAN_FRONTEND=noninteractive apt-get install -q -y fonts-noto-color-emoji unicode-data; \
+	fi; \
+	if ! { [ -f $(FONT) ] && [ -f $(GROUPS) ]; }; then \
+		echo "the emoji font is missing; install it with: sudo apt install fonts-noto-color-emoji unicode-data" >&2; exit 1; \
+	fi
+
+clean: ## remove what was built, but not the virtual environment or outputs
+	rm -rf build dist *.egg-info fastldm/*.so .coverage* coverage.xml .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,73 @@
+"""fastldm: latent diffusion models on fused kernels (arXiv 2112.10752).
+
+Public names load on first use, so importing the package starts no CUDA context and loads neither
+Triton nor the compiled extension.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastldm._version import __version__
+
+if TYPE_CHECKING:
+    from fastldm.latent_diffusion import LatentDiffusion
+    from fastldm.losses import FirstStageLoss, FirstStageLossConfig
+    from fastldm.models import (
+        AutoencoderKL,
+        CaptionTokenizer,
+        ClassEmbedder,
+        PatchDiscriminator,
+        TextEncoder,
+        UNet2DConditionModel,
+        UNet2DModel,
+        VQModel,
+    )
+    from fastldm.schedulers import DDIMScheduler, DDPMScheduler
+
+_HOME_OF_NAME = {
+    "AutoencoderKL": "fastldm.models",
+    "CaptionTokenizer": "fastldm.models",
+    "ClassEmbedder": "fastldm.models",
+    "DDIMScheduler": "fastldm.schedulers",
+    "DDPMScheduler": "fastldm.schedulers",
+    "FirstStageLoss": "fastldm.losses",
+    "FirstStageLossConfig": "fastldm.losses",
+    "LatentDiffusion": "fastldm.latent_diffusion",
+    "PatchDiscriminator": "fastldm.models",
+    "TextEncoder": "fastldm.models",
+    "UNet2DConditionModel": "fastldm.models",
+    "UNet2DModel": "fastldm.models",
+    "VQModel": "fastldm.models",
+}
+_SUBPACKAGES = ("data", "losses", "metrics", "models", "modules", "ops", "schedulers", "training")
+
+__all__ = [
+    "AutoencoderKL",
+    "CaptionTokenizer",
+    "ClassEmbedder",
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "FirstStageLoss",
+    "FirstStageLossConfig",
+    "LatentDiffusion",
+    "PatchDiscriminator",
+    "TextEncoder",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "VQModel",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME_OF_NAME:
+        return getattr(importlib.import_module(_HOME_OF_NAME[name]), name)
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"fastldm.{name}")
+    raise AttributeError(f"module 'fastldm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *_SUBPACKAGES})
