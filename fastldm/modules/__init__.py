@@ -1,0 +1,1 @@
+"""Building blocks of the models; their parameter names are diffusers'."""
