@@ -28,7 +28,17 @@ _MODULE_OF = {
     "VQModel": "vq_model",
 }
 
-__all__ = sorted(_MODULE_OF)
+__all__ = [
+    "AutoencoderKL",
+    "CaptionTokenizer",
+    "ClassEmbedder",
+    "ModelMixin",
+    "PatchDiscriminator",
+    "TextEncoder",
+    "UNet2DConditionModel",
+    "UNet2DModel",
+    "VQModel",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,7 +22,15 @@ Locator = Callable[[str], Path | None]
 """Maps a file name inside the model folder to a local path, or None where there is no such file."""
 
 _SHOWN_KEYS = 5
-_SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SIZE_UNITS = {
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -122,7 +130,9 @@ def read_state_dict(
             path = locate(index_name)
             if path is not None:
                 return _read_shards(locate, path)
-    raise CheckpointError(f"{source}: no weights: none of {', '.join(looked_for)} or an index of shards")
+    raise CheckpointError(
+        f"{source}: no weights: none of {', '.join(looked_for)} or an index of shards"
+    )
 
 
 def _read_shards(locate: Locator, index_path: Path) -> dict[str, torch.Tensor]:
@@ -216,7 +226,9 @@ def write_model_folder(
         if len(shards) == 1:
             names = [single_name]
         else:
-            weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+            weight_map = {
+                key: name for name, shard in zip(names, shards, strict=True) for key in shard
+            }
             total = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             write_json(renames.enter_context(atomic_file(folder / index_name)), index)
