@@ -1,0 +1,32 @@
+"""Losses of both stages; each is loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastldm.losses.diffusion import DiffusionLossConfig
+    from fastldm.losses.first_stage import FirstStageLoss, FirstStageLossConfig
+    from fastldm.losses.perceptual import LPIPS
+
+_MODULE_OF = {
+    "LPIPS": "perceptual",
+    "DiffusionLossConfig": "diffusion",
+    "FirstStageLoss": "first_stage",
+    "FirstStageLossConfig": "first_stage",
+}
+
+__all__ = ["LPIPS", "DiffusionLossConfig", "FirstStageLoss", "FirstStageLossConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
