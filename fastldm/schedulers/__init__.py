@@ -1,0 +1,19 @@
+"""Samplers with diffusers' names and signatures, whose steps are fastldm's operators."""
+
+from fastldm.schedulers.base import SchedulerMixin, randn
+from fastldm.schedulers.betas import make_betas, rescale_zero_terminal_snr
+from fastldm.schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
+from fastldm.schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
+from fastldm.schedulers.diffusion import DiffusionScheduler
+
+__all__ = [
+    "DDIMScheduler",
+    "DDIMSchedulerOutput",
+    "DDPMScheduler",
+    "DDPMSchedulerOutput",
+    "DiffusionScheduler",
+    "SchedulerMixin",
+    "make_betas",
+    "randn",
+    "rescale_zero_terminal_snr",
+]

@@ -1,0 +1,185 @@
+"""What every scheduler has: a config file in diffusers' format, and seeded noise."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from torch import Tensor
+
+from fastldm.configuration import ConfigMixin
+from fastldm.errors import CheckpointError, ConfigError
+from fastldm.storage import write_json
+
+_OTHER_SCHEDULERS_FIELDS = frozenset({
+    # sampling options of other schedulers, which say nothing about how the model was trained
+    "algorithm_type", "disable_corrector", "euler_at_final", "final_sigmas_type",
+    "interpolation_type", "lambda_min_clipped", "lower_order_final", "noise_sampler_seed",
+    "original_inference_steps", "set_alpha_to_one", "sigma_max", "sigma_min", "skip_prk_steps",
+    "solver_order", "solver_p", "solver_type", "timestep_scaling", "timestep_type",
+    "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
+    "variance_type",
+    # fields of flow matching, at the values that switch it off (see `_refuse_flow_matching`)
+    "flow_shift", "shift_terminal", "time_shift_type", "use_dynamic_shifting", "use_flow_sigmas",
+    # fields that early releases of diffusers wrote and no longer read
+    "predict_epsilon", "tensor_format", "timestep_values",
+})  # fmt: skip
+
+_EXTENSIONS: dict[str, Any] = {"schedule_dtype": "float32"}
+"""Fields that diffusers does not know, with the value at which both do the same."""
+
+
+class SchedulerMixin(ConfigMixin):
+    """A scheduler that is stored as ``scheduler_config.json``, in diffusers' format."""
+
+    config_name = "scheduler_config.json"
+    order = 1
+    """Model evaluations a step."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
+        """Build the scheduler from its own config or another scheduler's, ours or diffusers'.
+
+        Sampling options that only other schedulers have are left out.
+
+        Args:
+            config: the fields; those that start with ``_`` are metadata and skipped.
+            overrides: replace single fields.
+
+        Raises:
+            ConfigError: a field is unknown to every scheduler, or has a value this one refuses.
+        """
+        values = {**config, **overrides}
+        _refuse_flow_matching(cls.__name__, values)
+        if values.get("predict_epsilon") is False:
+            values.setdefault("prediction_type", "sample")
+        own = inspect.signature(cls.__init__).parameters
+        return super().from_config(
+            {
+                name: value
+                for name, value in values.items()
+                if name in own or name not in _OTHER_SCHEDULERS_FIELDS
+            }
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        **config_overrides: Any,
+    ) -> Self:
+        """Build the scheduler from a saved folder or a Hugging Face Hub repository.
+
+        Args:
+            pretrained_model_name_or_path: a folder here, or ``owner/name`` on the Hub.
+            subfolder: the folder inside it, ``"scheduler"`` for a pipeline's.
+            revision, cache_dir, token, force_download, local_files_only: as huggingface_hub's.
+            config_overrides: replace single fields.
+
+        Raises:
+            CheckpointError: there is no such folder or repository, it has no scheduler config, or
+                the config is not JSON.
+            ConfigError: a field is unknown or has a value that this scheduler refuses.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            return cls.from_config(cls.load_config(folder, subfolder), **config_overrides)
+        try:
+            file = hf_hub_download(
+                str(pretrained_model_name_or_path),
+                cls.config_name,
+                subfolder=subfolder,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise CheckpointError(
+                f"{pretrained_model_name_or_path}: no such folder, and {cls.config_name} cannot be "
+                f"had from the Hub under that name ({reason})"
+            ) from None
+        return cls.from_config(cls.load_config(Path(file).parent), **config_overrides)
+
+    def register_to_config(self, **fields: Any) -> None:
+        """Change fields of the config in place; the scheduler is as newly built with them.
+
+        Raises:
+            ConfigError: a field is unknown or has a value that this scheduler refuses.
+        """
+        self.__dict__.update(type(self).from_config(self.config, **fields).__dict__)
+
+    def save_config(self, folder: str | Path) -> None:
+        """Write ``scheduler_config.json`` into `folder`, which is made if it is missing.
+
+        Fields that diffusers does not know are written only where they matter, so that it reads
+        the file without a warning.
+        """
+        fields = {
+            name: value
+            for name, value in self.config.items()
+            if name not in _EXTENSIONS or value != _EXTENSIONS[name]
+        }
+        write_json(Path(folder, self.config_name), {"_class_name": type(self).__name__, **fields})
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the scheduler's config where `from_pretrained` and diffusers find it.
+
+        Raises:
+            OSError: the folder cannot be written; a config that was in it is unchanged.
+        """
+        self.save_config(save_directory)
+
+
+def _refuse_flow_matching(scheduler: str, config: Mapping[str, Any]) -> None:
+    """Flow matching is another forward process, so its options are not ones to leave out."""
+    for field in ("use_flow_sigmas", "use_dynamic_shifting"):
+        if config.get(field):
+            raise ConfigError(f"{field}: got True; {scheduler} has no flow matching")
+
+
+def randn(
+    shape: Sequence[int],
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Standard normal noise, the same as diffusers draws from the same generators.
+
+    Args:
+        shape: [B, …].
+        generator: one for the whole batch, or a list with one a sample, so that a sample does not
+            depend on the others. A CPU generator gives the same numbers for every `device`.
+        device, dtype: of the result.
+
+    Raises:
+        ConfigError: a list with another length than B, or a generator of another device than
+            `device` or the CPU.
+    """
+    if isinstance(generator, Sequence):
+        if len(generator) == 1:
+            return randn(shape, generator[0], device, dtype)
+        if len(generator) != shape[0]:
+            raise ConfigError(
+                f"generator: got {len(generator)}; accepted: one, or one a sample ({shape[0]})"
+            )
+        return torch.cat([randn((1, *shape[1:]), one, device, dtype) for one in generator])
+    source = device if generator is None else generator.device
+    if source.type not in (device.type, "cpu"):
+        raise ConfigError(f"generator: got one on {source}; accepted: on {device} or the CPU")
+    noise = torch.randn(tuple(shape), generator=generator, device=source, dtype=dtype)
+    return noise.to(device)

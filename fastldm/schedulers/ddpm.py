@@ -1,0 +1,239 @@
+"""Ancestral sampling (Ho et al., "Denoising diffusion probabilistic models", 2006.11239)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastldm.configuration import register_to_config
+from fastldm.errors import ConfigError
+from fastldm.ops import ddpm_coefficients, ddpm_step
+from fastldm.ops.diffusion_step.coefficients import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
+from fastldm.outputs import BaseOutput
+from fastldm.schedulers.diffusion import (
+    DiffusionScheduler,
+    check_choice,
+    noise_arguments,
+    stays_on_device,
+)
+from fastldm.schedulers.timesteps import custom_timesteps, spaced_timesteps
+
+
+@dataclass
+class DDPMSchedulerOutput(BaseOutput):
+    """What `DDPMScheduler.step` gives."""
+
+    prev_sample: Tensor
+    """The sample at the previous time step: the next input of the model."""
+    pred_original_sample: Tensor | None = None
+    """x₀ as predicted at this step, after clipping or thresholding."""
+
+
+class DDPMScheduler(DiffusionScheduler):
+    """DDPM, with diffusers' fields and defaults.
+
+    Before `set_timesteps` it walks the whole training schedule.
+
+    Args:
+        num_train_timesteps: T.
+        beta_start, beta_end, beta_schedule, trained_betas: as in `fastldm.schedulers.make_betas`.
+        variance_type: ``"fixed_small"`` (β̃), ``"fixed_large"`` (β), the same with the suffix
+            ``"_log"``, ``"learned"`` (the model gives the variance in the second half of its
+            channels) or ``"learned_range"`` (it gives the position between log β̃ and log β).
+        clip_sample, clip_sample_range: clip x₀ to ±`clip_sample_range`.
+        prediction_type: ``"epsilon"``, ``"sample"`` or ``"v_prediction"``.
+        thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x₀
+            (2205.11487) in place of clipping.
+        timestep_spacing: ``"leading"``, ``"linspace"`` or ``"trailing"`` (2305.08891, table 2).
+        steps_offset: added to ``"leading"`` time steps.
+        rescale_betas_zero_snr: zero-terminal SNR (2305.08891, algorithm 1).
+        schedule_dtype: ``"float32"`` computes the schedule as diffusers does, ``"float64"`` as
+            CompVis does.
+
+    Raises:
+        ConfigError: a field has a value that is not accepted; the message names it.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        trained_betas: Sequence[float] | None = None,
+        variance_type: str = "fixed_small",
+        clip_sample: bool = True,
+        prediction_type: str = "epsilon",
+        thresholding: bool = False,
+        dynamic_thresholding_ratio: float = 0.995,
+        clip_sample_range: float = 1.0,
+        sample_max_value: float = 1.0,
+        timestep_spacing: str = "leading",
+        steps_offset: int = 0,
+        rescale_betas_zero_snr: bool = False,
+        schedule_dtype: str = "float32",
+    ) -> None:
+        check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        self.variance_type = variance_type
+        self.custom_timesteps = False
+        self._set_schedule(
+            num_train_timesteps=num_train_timesteps,
+            beta_start=beta_start,
+            beta_end=beta_end,
+            beta_schedule=beta_schedule,
+            trained_betas=trained_betas,
+            prediction_type=prediction_type,
+            clip_sample=clip_sample,
+            clip_sample_range=clip_sample_range,
+            thresholding=thresholding,
+            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
+            sample_max_value=sample_max_value,
+            timestep_spacing=timestep_spacing,
+            steps_offset=steps_offset,
+            rescale_betas_zero_snr=rescale_betas_zero_snr,
+            schedule_dtype=schedule_dtype,
+        )
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """Choose the time steps of a sampling run.
+
+        Args:
+            num_inference_steps: S, from 1 to T.
+            device: where `timesteps` is put; the CPU by default.
+            timesteps: the time steps themselves, strictly descending, in place of a number.
+
+        Raises:
+            ConfigError: both or neither of number and time steps are given, or they are not
+                accepted.
+        """
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ConfigError("num_inference_steps, timesteps: give exactly one of them")
+        self.custom_timesteps = timesteps is not None
+        if timesteps is not None:
+            chosen = custom_timesteps(timesteps, self.num_train_timesteps)
+        elif num_inference_steps is not None:
+            chosen = spaced_timesteps(
+                num_inference_steps,
+                self.num_train_timesteps,
+                self.timestep_spacing,
+                self.steps_offset,
+            )
+            self.num_inference_steps = len(chosen)
+        self.timesteps = chosen.to(device)
+
+    def previous_timestep(self, timestep: int) -> int:
+        """The time step visited after `timestep`; −1 after the last.
+
+        Raises:
+            ConfigError: `timestep` is not in `timesteps`.
+        """
+        if timestep not in self._successors:
+            raise ConfigError(
+                f"timestep: got {timestep}; accepted: one of the {len(self._successors)} in "
+                "`timesteps`, which set_timesteps chose"
+            )
+        return self._successors[timestep]
+
+    def _make_table(self, eta: float) -> Tensor:
+        alphas = self.alphas_cumprod
+        visited = torch.tensor(list(self._successors), device=alphas.device)
+        previous = torch.tensor(list(self._successors.values()), device=alphas.device)
+        alphas_prev = alphas[previous.clamp(min=0)]
+        rows = ddpm_coefficients(
+            alphas[visited],
+            torch.where(previous >= 0, alphas_prev, torch.ones_like(alphas_prev)),
+            self.variance_type,
+            add_noise=visited > 0,
+        )
+        # A time step given as a device tensor is not checked, so one that is not visited must show.
+        table = rows.new_full((self.num_train_timesteps, rows.shape[1]), float("nan"))
+        table[visited] = rows
+        return table
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        return_dict: bool = True,
+        *,
+        variance_noise: Tensor | None = None,
+        model_output_uncond: Tensor | None = None,
+        guidance_scale: float | Tensor = 1.0,
+        guidance_rescale: float = 0.0,
+        seed: int | Tensor | None = None,
+    ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
+        """Go from x_t to the previous time step of the run (2006.11239, eq. 7).
+
+        Args:
+            model_output: the model's prediction, shape of `sample`; for the learned variances
+                [B, 2C, …], whose second half is the variance.
+            timestep: t, one of `timesteps`: an int, or an integer tensor [] or [B]. A tensor on a
+                device is not read back: there a time step that is not visited gives NaN, and the
+                generator is advanced at t = 0 too.
+            sample: x_t, [B, C, …].
+            generator: draws the noise: one for the batch, or a list with one a sample.
+            return_dict: give a `DDPMSchedulerOutput`; otherwise a tuple.
+            variance_noise: the noise itself, shape of `sample`.
+            model_output_uncond, guidance_scale, guidance_rescale: classifier-free guidance inside
+                the step, as in `fastldm.ops.ddpm_step`; a learned variance is that of
+                `model_output`.
+            seed: draw the noise inside the step from this seed (int, or int64 [B] with one a
+                sample) and the time step.
+
+        Returns:
+            ``prev_sample`` and ``pred_original_sample``, both with the dtype of `sample`.
+
+        Raises:
+            ConfigError: an argument is not accepted; the message names it.
+        """
+        coefficients = self._coefficients(timestep, sample)
+        model_output, predicted_variance = self._split_variance(model_output, sample)
+        if model_output_uncond is not None:
+            model_output_uncond, _ = self._split_variance(model_output_uncond, sample)
+        guidance: dict[str, Any] = {
+            "model_output_uncond": model_output_uncond,
+            "guidance_scale": guidance_scale,
+            "guidance_rescale": guidance_rescale,
+        }
+        noise = {}
+        if stays_on_device(timestep) or timestep > 0:
+            noise = noise_arguments(timestep, model_output, generator, variance_noise, seed)
+        output = ddpm_step(
+            sample,
+            model_output,
+            coefficients,
+            prediction_type=self.prediction_type,
+            variance_type=self.variance_type,
+            predicted_variance=predicted_variance,
+            **self._limits(sample, model_output, coefficients, guidance),
+            **guidance,
+            **noise,
+        )
+        if not return_dict:
+            return output.prev_sample, output.pred_original_sample
+        return DDPMSchedulerOutput(*output)
+
+    def _split_variance(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Split the channels of a model that predicts its variance too."""
+        if self.variance_type not in LEARNED_VARIANCE_TYPES:
+            return model_output, None
+        channels = sample.shape[1]
+        if model_output.shape[1] != 2 * channels:
+            raise ConfigError(
+                f"model_output: got {model_output.shape[1]} channels; accepted: {2 * channels}, "
+                f"twice those of sample, with variance_type {self.variance_type!r}"
+            )
+        prediction, variance = model_output.split(channels, dim=1)
+        return prediction, variance

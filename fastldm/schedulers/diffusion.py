@@ -1,0 +1,272 @@
+"""What DDPM and DDIM sampling share: the forward process and the tables of their steps."""
+
+from __future__ import annotations
+
+import operator
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import ConfigError
+from fastldm.ops import dynamic_threshold, predict_original_sample
+from fastldm.ops.diffusion_step.functional import PREDICTION_TYPES
+from fastldm.schedulers.base import SchedulerMixin, randn
+from fastldm.schedulers.betas import make_betas, rescale_zero_terminal_snr
+from fastldm.schedulers.timesteps import TIMESTEP_SPACINGS
+
+_SCHEDULE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+class DiffusionScheduler(SchedulerMixin):
+    """Base of the schedulers whose step is one of the fused operators.
+
+    The scalars of the steps from every training time step are tabulated once a sampling run on
+    the device of the sample; a step reads one row. With a time step given as a device tensor
+    nothing is copied to or from the device, so the step can be captured in a CUDA graph or
+    compiled once for all time steps.
+
+    Attributes:
+        betas, alphas, alphas_cumprod: [T] in `schedule_dtype`; ᾱ may be replaced.
+        timesteps: int64, the time steps to visit in descending order; may be replaced.
+        num_inference_steps: None before `set_timesteps`.
+        init_noise_sigma: standard deviation of the noise that sampling starts from, 1.
+    """
+
+    init_noise_sigma = 1.0
+
+    def _set_schedule(
+        self,
+        *,
+        num_train_timesteps: int,
+        beta_start: float,
+        beta_end: float,
+        beta_schedule: str,
+        trained_betas: Sequence[float] | None,
+        prediction_type: str,
+        clip_sample: bool,
+        clip_sample_range: float,
+        thresholding: bool,
+        dynamic_thresholding_ratio: float,
+        sample_max_value: float,
+        timestep_spacing: str,
+        steps_offset: int,
+        rescale_betas_zero_snr: bool,
+        schedule_dtype: str,
+    ) -> None:
+        """Take over the fields that the schedulers have in common, and check them."""
+        _check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
+        _check_integer("steps_offset", steps_offset, minimum=0)
+        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
+        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
+        check_choice("schedule_dtype", schedule_dtype, tuple(_SCHEDULE_DTYPES))
+        _check_number("beta_start", beta_start)
+        _check_number("beta_end", beta_end)
+        _check_number("clip_sample_range", clip_sample_range)
+        _check_number("sample_max_value", sample_max_value)
+        _check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio)
+        if not 0 <= dynamic_thresholding_ratio <= 1:
+            raise ConfigError(
+                f"dynamic_thresholding_ratio: got {dynamic_thresholding_ratio}; "
+                "accepted: a quantile in [0, 1]"
+            )
+        if trained_betas is not None:
+            trained_betas = [float(beta) for beta in trained_betas]
+            self.register_config(trained_betas=trained_betas)
+        self.num_train_timesteps = num_train_timesteps
+        self.prediction_type = prediction_type
+        self.clip_range = float(clip_sample_range) if clip_sample else None
+        self.thresholding = thresholding
+        self.dynamic_thresholding_ratio = float(dynamic_thresholding_ratio)
+        self.sample_max_value = float(sample_max_value)
+        self.timestep_spacing = timestep_spacing
+        self.steps_offset = steps_offset
+        dtype = _SCHEDULE_DTYPES[schedule_dtype]
+        betas = make_betas(
+            beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, dtype=dtype
+        )
+        self.betas = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
+        self.alphas = 1.0 - self.betas
+        self.alphas_cumprod = self.alphas.cumprod(dim=0)
+        self.num_inference_steps: int | None = None
+        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ of every training time step, [T]."""
+        return self._alphas_cumprod
+
+    @alphas_cumprod.setter
+    def alphas_cumprod(self, value: Tensor) -> None:
+        self._alphas_cumprod = value
+        self._tables: dict[Any, Tensor] = {}
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The time steps to visit, int64, descending."""
+        return self._timesteps
+
+    @timesteps.setter
+    def timesteps(self, value: Tensor) -> None:
+        visited = value.tolist()
+        self._timesteps = value
+        self._successors: dict[int, int] = dict(zip(visited, [*visited[1:], -1], strict=True))
+        self._tables = {}
+
+    def __len__(self) -> int:
+        return self.num_train_timesteps
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """The model's input at a time step: `sample` itself, in these schedulers."""
+        return sample
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Sample q(x_t | x₀) = √ᾱ_t·x₀ + √(1−ᾱ_t)·noise (2006.11239, eq. 4).
+
+        Args:
+            original_samples: x₀, [B, …].
+            noise: standard normal, shape of `original_samples`.
+            timesteps: integers in [0, T), [B] or [].
+
+        Returns:
+            x_t, [B, …]; half precisions are rounded once, at the end.
+        """
+        signal, deviation = self._forward_scalars(timesteps, original_samples)
+        noisy = signal * original_samples + deviation * noise
+        return noisy.to(torch.promote_types(original_samples.dtype, noise.dtype))
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The target of v prediction, v = √ᾱ_t·noise − √(1−ᾱ_t)·x₀ (2202.00512, appendix D).
+
+        Args:
+            sample: x₀, [B, …].
+            noise: the noise of `add_noise`, shape of `sample`.
+            timesteps: integers in [0, T), [B] or [].
+
+        Returns:
+            v, [B, …]; half precisions are rounded once, at the end.
+        """
+        signal, deviation = self._forward_scalars(timesteps, sample)
+        velocity = signal * noise - deviation * sample
+        return velocity.to(torch.promote_types(sample.dtype, noise.dtype))
+
+    def _forward_scalars(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1−ᾱ_t), broadcastable against `like`, in float32 or float64."""
+        dtype = _compute_dtype(like)
+        key = ("alphas_cumprod", like.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self.alphas_cumprod.to(like.device, dtype)
+        alpha = self._tables[key][timesteps.to(like.device).flatten()]
+        alpha = alpha.reshape(-1, *(1,) * (like.ndim - 1))
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    @abstractmethod
+    def previous_timestep(self, timestep: int) -> int:
+        """The time step that a step from `timestep` leads to; negative for x₀.
+
+        Raises:
+            ConfigError: `timestep` is not one of the schedule's.
+        """
+
+    @abstractmethod
+    def _make_table(self, eta: float) -> Tensor:
+        """The scalars of the steps from all training time steps, [T, K] in `schedule_dtype`."""
+
+    def _coefficients(self, timestep: int | Tensor, sample: Tensor, eta: float = 0.0) -> Tensor:
+        """The scalars of the step from `timestep`: [K], or [B, K] for time steps [B]."""
+        if isinstance(timestep, Tensor) and timestep.shape == (1,):
+            timestep = timestep[0]
+        dtype = _compute_dtype(sample)
+        key = (eta, sample.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self._make_table(eta).to(sample.device, dtype)
+        table = self._tables[key]
+        if not stays_on_device(timestep):
+            return table[self._checked_timestep(timestep)]
+        rows = table.index_select(0, timestep.to(sample.device).reshape(-1))
+        return rows.reshape(*timestep.shape, table.shape[1])
+
+    def _checked_timestep(self, timestep: int | Tensor) -> int:
+        try:
+            value = operator.index(timestep)
+        except TypeError:
+            value = -1
+        if not 0 <= value < self.num_train_timesteps:
+            raise ConfigError(
+                f"timestep: got {timestep!r}; accepted: an integer in "
+                f"[0, {self.num_train_timesteps})"
+            )
+        self.previous_timestep(value)
+        return value
+
+    def _limits(
+        self,
+        sample: Tensor,
+        model_output: Tensor,
+        coefficients: Tensor,
+        guidance: dict[str, Any],
+    ) -> dict[str, Any]:
+        """The arguments by which a step operator clips x₀ as the config says."""
+        if not self.thresholding:
+            return {"clip_range": self.clip_range}
+        original = predict_original_sample(
+            sample, model_output, coefficients, prediction_type=self.prediction_type, **guidance
+        )
+        threshold = dynamic_threshold(
+            original, self.dynamic_thresholding_ratio, self.sample_max_value
+        )
+        return {"threshold": threshold}
+
+
+def noise_arguments(
+    timestep: int | Tensor,
+    model_output: Tensor,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    variance_noise: Tensor | None,
+    seed: int | Tensor | None,
+) -> dict[str, Any]:
+    """The arguments by which a step operator adds noise.
+
+    Raises:
+        ConfigError: the noise is given in more than one way.
+    """
+    if sum(source is not None for source in (generator, variance_noise, seed)) > 1:
+        raise ConfigError("generator, variance_noise, seed: give at most one of them")
+    if seed is not None:
+        offset = timestep
+        if isinstance(timestep, Tensor):
+            offset = timestep.to(model_output.device, torch.int64).squeeze()
+        return {"seed": seed, "offset": offset}
+    if variance_noise is None:
+        variance_noise = randn(
+            model_output.shape, generator, model_output.device, model_output.dtype
+        )
+    return {"noise": variance_noise}
+
+
+def _compute_dtype(sample: Tensor) -> torch.dtype:
+    return torch.float64 if sample.dtype == torch.float64 else torch.float32
+
+
+def stays_on_device(timestep: int | Tensor) -> TypeGuard[Tensor]:
+    """Whether reading the value of `timestep` would wait for a device or break a graph."""
+    return isinstance(timestep, Tensor) and (
+        timestep.ndim > 0 or timestep.device.type != "cpu" or torch.compiler.is_compiling()
+    )
+
+
+def _check_integer(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        raise ConfigError(f"{name}: got {value!r}; accepted: an integer of at least {minimum}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ConfigError(f"{name}: got {value!r}; accepted: a number")
+
+
+def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
+    if value not in accepted:
+        raise ConfigError(f"{name}: got {value!r}; accepted: {', '.join(accepted)}")
