@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastldm.losses.diffusion import DiffusionLossConfig
-    from fastldm.losses.first_stage import FirstStageLoss, FirstStageLossConfig
+    from fastldm.losses.first_stage import FirstStageLoss
+    from fastldm.losses.first_stage_config import FirstStageLossConfig
     from fastldm.losses.perceptual import LPIPS
 
 _MODULE_OF = {
     "LPIPS": "perceptual",
     "DiffusionLossConfig": "diffusion",
     "FirstStageLoss": "first_stage",
-    "FirstStageLossConfig": "first_stage",
+    "FirstStageLossConfig": "first_stage_config",
 }
 
 __all__ = ["LPIPS", "DiffusionLossConfig", "FirstStageLoss", "FirstStageLossConfig"]

@@ -28,6 +28,8 @@ from fastldm.losses.first_stage_config import FirstStageLossConfig
 from fastldm.losses.perceptual import LPIPS
 from fastldm.losses.reconstruction import pixel_error
 
+__all__ = ["FirstStageLoss", "FirstStageLossConfig"]
+
 
 class _AdversarialTerm(NamedTuple):
     term: Tensor

@@ -26,9 +26,9 @@ def bernoulli_error(target: Tensor, image: Tensor) -> Tensor:
     """Mean binary cross-entropy in nats of images with values in [−1, 1], a scalar.
 
     Values become probabilities p = (x̂ + 1) / 2 and targets t = (x + 1) / 2 (Kingma and Welling
-    2013, appendix C). A decoder without a squashing last layer may leave [0, 1]: p is held half
-    an 8-bit level inside, and beyond that the gradient is the one at the border where it points
-    back, and 0 where it points out.
+    2013, appendix C); with a tanh as the decoder's last activation, p is the sigmoid of twice its
+    logit. A decoder without one may leave [0, 1]: p is held half an 8-bit level inside, and beyond
+    that the gradient is the one at the border where it points back, and 0 where it points out.
     """
     t = (target + 1) / 2
     p = (image + 1) / 2
