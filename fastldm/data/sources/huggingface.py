@@ -1,0 +1,165 @@
+"""Parquet files, webdataset shards, saved data sets and the hub, through ``datasets``."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastldm.data.config import DataConfig
+from fastldm.data.sources.table import (
+    ClassMap,
+    Fields,
+    ImageTable,
+    choose_fields,
+    class_map,
+    lookup,
+)
+from fastldm.errors import DataError
+
+_TEST_SPLITS = ("test", "validation", "val", "valid")
+
+
+def read_parquet(pattern: str, config: DataConfig, split: str) -> ImageTable:
+    """Rows of one or many parquet files, in the order of their names."""
+    import datasets
+
+    files = _matching_files(pattern, (".parquet",))
+    rows = _guarded(
+        pattern,
+        lambda: datasets.load_dataset(
+            "parquet", data_files={"train": files}, split="train", streaming=config.streaming
+        ),
+    )
+    return _table(rows, config, pattern, own_split=False)
+
+
+def read_webdataset(pattern: str, config: DataConfig, split: str) -> ImageTable:
+    """A stream over tar shards in which the files of one item share a name."""
+    import datasets
+
+    files = _matching_files(pattern, (".tar", ".tar.gz", ".tgz"))
+    rows = _guarded(
+        pattern,
+        lambda: datasets.load_dataset(
+            "webdataset", data_files={"train": files}, split="train", streaming=True
+        ),
+    )
+    return _table(rows, config, pattern, own_split=False)
+
+
+def read_saved(folder: Path, config: DataConfig, split: str) -> ImageTable:
+    """A folder that ``save_to_disk`` of a data set or of a dict of splits wrote."""
+    import datasets
+
+    saved = _guarded(str(folder), lambda: datasets.load_from_disk(str(folder)))
+    rows, own_split = saved, False
+    if isinstance(saved, Mapping):
+        name, own_split = choose_split(saved, config, split, str(folder))
+        rows = saved[name]
+    if config.streaming:
+        rows = rows.to_iterable_dataset()
+    return _table(rows, config, str(folder), own_split)
+
+
+def read_hub(name: str, config: DataConfig, split: str) -> ImageTable:
+    """A data set of the Hugging Face hub; nothing of it is run."""
+    import datasets
+
+    options: dict[str, Any] = {"name": config.subset, "revision": config.revision}
+    splits = _guarded(
+        f"hub:{name}",
+        lambda: datasets.get_dataset_split_names(
+            name, config_name=config.subset, revision=config.revision
+        ),
+    )
+    chosen, own_split = choose_split(splits, config, split, f"hub:{name}")
+    rows = _guarded(
+        f"hub:{name}",
+        lambda: datasets.load_dataset(name, split=chosen, streaming=config.streaming, **options),
+    )
+    return _table(rows, config, f"hub:{name}", own_split)
+
+
+def choose_split(
+    available: Iterable[str], config: DataConfig, split: str, origin: str
+) -> tuple[str, bool]:
+    """The split of the source to read, and whether the source tells train and test apart."""
+    names = list(available)
+    train = "train" if "train" in names else names[0] if len(names) == 1 else None
+    if train is None:
+        raise DataError(f"{origin}: there is no train split; there are {', '.join(names)}")
+    test = next((name for name in _TEST_SPLITS if name in names), None)
+    if config.holdout_fraction is not None or test is None:
+        return train, False
+    return (test if split == "test" else train), True
+
+
+def _table(rows: Any, config: DataConfig, origin: str, own_split: bool) -> ImageTable:
+    import datasets
+
+    features = rows.features
+    if features is None:
+        raise DataError(f"{origin}: the columns of the stream cannot be told")
+    if hasattr(rows, "num_rows") and rows.num_rows == 0:
+        raise DataError(f"{origin}: the data set is empty")
+    fields = choose_fields(features, config, origin)
+    if isinstance(features.get(fields.image), datasets.Image):
+        rows = rows.cast_column(fields.image, datasets.Image(decode=False))
+    return ImageTable(
+        rows=rows,
+        fields=fields,
+        origin=origin,
+        classes=_classes(rows, fields, config, origin),
+        own_split=own_split,
+        why_no_captions=f"none of its columns is a caption: {', '.join(features)}",
+        why_no_classes=f"none of its columns is a class: {', '.join(features)}",
+    )
+
+
+def _classes(rows: Any, fields: Fields, config: DataConfig, origin: str) -> ClassMap | None:
+    import datasets
+
+    if fields.label is None:
+        return None
+    kind = rows.features.get(fields.label)
+    if isinstance(kind, datasets.ClassLabel) and kind.names:
+        return ClassMap(config.class_names or tuple(kind.names))
+    if isinstance(rows, datasets.Dataset):
+        column = rows.select_columns([fields.label.split(".")[0]])
+        return class_map((lookup(row, fields.label) for row in column), config, origin)
+    if config.class_names is not None:
+        numbers: dict[Any, int] = {name: i for i, name in enumerate(config.class_names)}
+        numbers.update({i: i for i in range(len(config.class_names))})
+        return ClassMap(config.class_names, numbers)
+    if config.class_field is not None or config.require_classes:
+        raise DataError(
+            f"{origin}: a stream does not tell which values {fields.label!r} has; list them in "
+            "class_names"
+        )
+    return None
+
+
+def _matching_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    from braceexpand import braceexpand
+
+    expanded = Path(pattern).expanduser()
+    if expanded.is_dir():
+        files = [str(path) for path in expanded.rglob("*") if path.name.endswith(suffixes)]
+    else:
+        files = [path for part in braceexpand(str(expanded)) for path in glob.glob(part)]
+    if not files:
+        raise DataError(f"{pattern}: no such files (looked for {', '.join(suffixes)})")
+    return sorted(files)
+
+
+def _guarded(origin: str, load: Any) -> Any:
+    """Call into ``datasets``, whose errors on bad input are of many types, and name the source."""
+    try:
+        return load()
+    except Exception as error:  # readers raise their own types on damaged files
+        cause = error.__cause__ or error
+        lines = str(cause).strip().splitlines()
+        reason = f"{type(cause).__name__}: {lines[0] if lines else ''}"
+        raise DataError(f"{origin}: cannot be read ({reason})") from error
