@@ -174,4 +174,4 @@ class ModelMixin(nn.Module, ConfigMixin):
         if not parts:
             raise ConfigError(f"{type(self).__name__} has no gradient checkpointing")
         for module in parts:
-            module.gradient_checkpointing = enabled
+            module.gradient_checkpointing = enabled  # type: ignore[assignment]

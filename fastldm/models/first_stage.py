@@ -72,7 +72,7 @@ class FirstStageModel(ModelMixin):
         return self._latent_channels
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight that the adaptive adversarial weight takes its gradients from."""
         return self.decoder.conv_out.weight
 

@@ -56,19 +56,31 @@ def folder_locator(folder: Path) -> Locator:
 
 def hub_locator(repository: str, subfolder: str | None, **options: Any) -> Locator:
     """Files of a Hugging Face Hub repository, downloaded to its cache when asked for."""
+    anything_found = False
 
     def locate(name: str) -> Path | None:
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
 
+        nonlocal anything_found
         try:
-            return Path(hf_hub_download(repository, name, subfolder=subfolder, **options))
-        except EntryNotFoundError as error:
-            if error.__cause__ is not None and not isinstance(error.__cause__, HfHubHTTPError):
-                raise _unreachable(repository, error) from None
+            path = Path(hf_hub_download(repository, name, subfolder=subfolder, **options))
+        except LocalEntryNotFoundError as error:
+            # Without a network this stands for an absent file only if others are in the cache.
+            if anything_found:
+                return None
+            raise _unreachable(repository, error) from None
+        except EntryNotFoundError:
             return None
         except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
             raise _unreachable(repository, error) from None
+        anything_found = True
+        return path
 
     return locate
 
