@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastldm.configuration import ConfigMixin
-from fastldm.errors import CheckpointError, ConfigError
+from fastldm.errors import CheckpointError, ConfigError, FastLDMError
 from fastldm.models.weights import (
     check_state_dict,
     make_locator,
@@ -76,8 +76,8 @@ class ModelMixin(nn.Module, ConfigMixin):
         if config_path is None:
             raise CheckpointError(f"{source}: no {cls.config_name}")
         config = cls.load_config(config_path.parent)
+        model = cls._build_for_loading({**config, **config_overrides}, source)
         state_dict = read_state_dict(locate, cls.weights_name, variant, source)
-        model = cls._build_for_loading({**config, **config_overrides})
         expected = model.state_dict()
         state_dict = rename_old_attention_keys(state_dict, expected)
         check_state_dict(state_dict, expected, source)
@@ -90,10 +90,20 @@ class ModelMixin(nn.Module, ConfigMixin):
         return model.eval()
 
     @classmethod
-    def _build_for_loading(cls, config: dict[str, Any]) -> Self:
+    def _build_for_loading(cls, config: dict[str, Any], source: str) -> Self:
         """The model without storage for its weights, or with it where something needs it."""
-        with torch.device("meta"):
-            model = cls.from_config(config)
+        try:
+            with torch.device("meta"):
+                model = cls.from_config(config)
+        except Exception as error:
+            stored = config.get("_class_name", cls.__name__)
+            if stored != cls.__name__:
+                raise CheckpointError(
+                    f"{source}: holds a {stored}, not a {cls.__name__} ({error})"
+                ) from error
+            if isinstance(error, FastLDMError):
+                raise
+            raise ConfigError(f"{source}: no {cls.__name__} has this config: {error}") from error
         persistent = model.state_dict().keys()
         if all(name in persistent for name, _ in model.named_buffers()):
             return model

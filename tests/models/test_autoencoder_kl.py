@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+
 from fastldm.errors import CheckpointError, ConfigError, DataError
 from fastldm.models import AutoencoderKL, VQModel
 

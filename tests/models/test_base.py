@@ -7,10 +7,11 @@ import json
 
 import pytest
 import torch
+from torch import nn
+
 from fastldm.configuration import register_to_config
 from fastldm.errors import CheckpointError, ConfigError
-from fastldm.models import ModelMixin
-from torch import nn
+from fastldm.models import AutoencoderKL, ModelMixin
 
 
 class Tiny(ModelMixin):
@@ -87,6 +88,21 @@ def test_an_unknown_config_field_is_named(tmp_path):
     path.write_text(json.dumps({**config, "_diffusers_version": "0.1", "hidden_trick": 1}))
     with pytest.raises(ConfigError, match="'hidden_trick'"):
         Tiny.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("width", ["4", None, [4], -1, 1.5])
+def test_a_config_value_of_the_wrong_type_is_a_config_error(tmp_path, width):
+    Tiny().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "width": width}))
+    with pytest.raises(ConfigError, match=f"{tmp_path}.*Tiny"):
+        Tiny.from_pretrained(tmp_path)
+
+
+def test_a_model_of_another_class_is_named(tmp_path):
+    Tiny().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="holds a Tiny, not a AutoencoderKL"):
+        AutoencoderKL.from_pretrained(tmp_path)
 
 
 def test_a_folder_without_a_config_or_weights_is_refused(tmp_path):

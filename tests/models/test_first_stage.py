@@ -5,6 +5,7 @@ from __future__ import annotations
 import diffusers
 import pytest
 import torch
+
 from fastldm.models import AutoencoderKL, VQModel
 
 CONFIG = {

@@ -9,6 +9,8 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models.weights import (
     check_state_dict,
@@ -20,7 +22,6 @@ from fastldm.models.weights import (
     with_variant,
     write_model_folder,
 )
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 NAME = "model.safetensors"
 
@@ -218,7 +219,7 @@ def test_a_variant_stands_before_the_extension():
 @pytest.mark.parametrize("source", ["/no/such/folder", "./none", "a/b/c", ""])
 def test_a_missing_folder_is_not_looked_for_on_the_hub(source, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="no such folder|no weights"):
+    with pytest.raises(CheckpointError, match=r"no such folder|no weights"):
         read_state_dict(make_locator(source, None), NAME, None, source)
 
 
@@ -244,7 +245,7 @@ def test_a_hub_that_cannot_be_reached_is_an_error_about_the_source(monkeypatch):
         raise LocalEntryNotFoundError("no connection\nand more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    with pytest.raises(CheckpointError, match="'owner/model' is neither a folder.*no connection"):
+    with pytest.raises(CheckpointError, match=r"'owner/model' is neither a folder.*no connection"):
         make_locator("owner/model", None)("config.json")
 
 
