@@ -99,7 +99,7 @@ class ModelMixin(nn.Module, ConfigMixin):
             stored = config.get("_class_name", cls.__name__)
             if stored != cls.__name__:
                 raise CheckpointError(
-                    f"{source}: holds a {stored}, not a {cls.__name__} ({error})"
+                    f"{source}: holds {stored}, not {cls.__name__} ({error})"
                 ) from error
             if isinstance(error, FastLDMError):
                 raise

@@ -8,6 +8,7 @@ import torch
 
 from fastldm.errors import CheckpointError, ConfigError, DataError
 from fastldm.models import AutoencoderKL, VQModel
+from fastldm.storage import load_weights, save_weights
 
 DOWN, ATTN_DOWN = "DownEncoderBlock2D", "AttnDownEncoderBlock2D"
 UP, ATTN_UP = "UpDecoderBlock2D", "AttnUpDecoderBlock2D"
@@ -257,6 +258,23 @@ def test_weights_of_another_architecture_are_refused(tmp_path):
         AutoencoderKL.from_pretrained(tmp_path, up_block_types=(ATTN_UP, UP, UP))
     with pytest.raises(CheckpointError, match="in the model"):
         AutoencoderKL.from_pretrained(tmp_path, latent_channels=5)
+
+
+def test_attention_weights_under_diffusers_old_names_are_read(tmp_path):
+    torch.manual_seed(0)
+    model = AutoencoderKL(**CONFIGS["attention in levels"]).eval()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / model.weights_name
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old_state = {}
+    for name, tensor in load_weights(path).items():
+        for new, old in old_names.items():
+            name = name.replace(f".{new}.", f".{old}.")
+        old_state[name] = tensor
+    assert "encoder.mid_block.attentions.0.proj_attn.bias" in old_state
+    save_weights(old_state, path)
+    loaded = AutoencoderKL.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_a_config_value_of_the_wrong_type_is_a_config_error(tmp_path, width):
 
 def test_a_model_of_another_class_is_named(tmp_path):
     Tiny().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="holds a Tiny, not a AutoencoderKL"):
+    with pytest.raises(CheckpointError, match="holds Tiny, not AutoencoderKL"):
         AutoencoderKL.from_pretrained(tmp_path)
 
 
