@@ -45,7 +45,8 @@ class SchedulerMixin(ConfigMixin):
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
         """Build the scheduler from its own config or another scheduler's, ours or diffusers'.
 
-        Sampling options that only other schedulers have are left out.
+        Sampling options that only other schedulers have are left out, and so are fields that a
+        scheduler of diffusers got from its own defaults.
 
         Args:
             config: the fields; those that start with ``_`` are metadata and skipped.
@@ -54,7 +55,9 @@ class SchedulerMixin(ConfigMixin):
         Raises:
             ConfigError: a field is unknown to every scheduler, or has a value this one refuses.
         """
-        values = {**config, **overrides}
+        defaulted = config.get("_use_default_values", ())
+        values = {name: value for name, value in config.items() if name not in defaulted}
+        values.update(overrides)
         _refuse_flow_matching(cls.__name__, values)
         if values.get("predict_epsilon") is False:
             values.setdefault("prediction_type", "sample")

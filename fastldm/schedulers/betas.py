@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
+from fastldm.schedulers.checks import check_choice, check_number
 
 _MAX_BETA = 0.999
 _SIGMOID_RANGE = 6.0
@@ -54,10 +55,7 @@ def _laplace(_start: float, _end: float, steps: int, dtype: torch.dtype) -> Tens
 
 def _from_alpha_bar(alpha_bar: Callable[[float], float], steps: int, dtype: torch.dtype) -> Tensor:
     values = [alpha_bar(step / steps) for step in range(steps + 1)]
-    betas = [
-        min(1 - after / before, _MAX_BETA)
-        for before, after in itertools.pairwise(values)
-    ]
+    betas = [min(1 - after / before, _MAX_BETA) for before, after in itertools.pairwise(values)]
     return torch.tensor(betas, dtype=dtype)
 
 
@@ -101,25 +99,23 @@ def make_betas(
             or `trained_betas` has another length than T.
     """
     if trained_betas is None:
-        schedule = _SCHEDULES.get(beta_schedule)
-        if schedule is None:
-            raise ConfigError(
-                f"beta_schedule: got {beta_schedule!r}; accepted: {', '.join(BETA_SCHEDULES)}"
-            )
-        for name, end in (("beta_start", beta_start), ("beta_end", beta_end)):
-            if not 0 <= end <= 1:
-                raise ConfigError(f"{name}: got {end}; accepted: a number in [0, 1]")
-        return schedule(beta_start, beta_end, num_train_timesteps, dtype)
-    if len(trained_betas) != num_train_timesteps:
+        check_choice("beta_schedule", beta_schedule, BETA_SCHEDULES)
+        check_number("beta_start", beta_start, 0, 1)
+        check_number("beta_end", beta_end, 0, 1)
+        return _SCHEDULES[beta_schedule](beta_start, beta_end, num_train_timesteps, dtype)
+    try:
+        betas = torch.tensor([float(beta) for beta in trained_betas], dtype=dtype)
+    except (TypeError, ValueError):
+        raise ConfigError(f"trained_betas: got {trained_betas!r}; accepted: numbers") from None
+    if len(betas) != num_train_timesteps:
         raise ConfigError(
-            f"trained_betas: got {len(trained_betas)} values; "
+            f"trained_betas: got {len(betas)} values; "
             f"accepted: one a training step (num_train_timesteps={num_train_timesteps})"
         )
-    betas = torch.tensor(trained_betas, dtype=dtype)
     if not bool(((betas >= 0) & (betas <= 1)).all()):
         raise ConfigError(
             f"trained_betas: got values from {betas.min():g} to {betas.max():g}; "
-            "accepted: numbers in [0, 1]"
+            "accepted: numbers from 0 to 1"
         )
     return betas
 

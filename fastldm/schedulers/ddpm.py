@@ -14,12 +14,8 @@ from fastldm.errors import ConfigError
 from fastldm.ops import ddpm_coefficients, ddpm_step
 from fastldm.ops.diffusion_step.coefficients import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
 from fastldm.outputs import BaseOutput
-from fastldm.schedulers.diffusion import (
-    DiffusionScheduler,
-    check_choice,
-    noise_arguments,
-    stays_on_device,
-)
+from fastldm.schedulers.checks import check_choice
+from fastldm.schedulers.diffusion import DiffusionScheduler, noise_arguments, stays_on_device
 from fastldm.schedulers.timesteps import custom_timesteps, spaced_timesteps
 
 

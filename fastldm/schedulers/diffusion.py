@@ -15,6 +15,7 @@ from fastldm.ops import dynamic_threshold, predict_original_sample
 from fastldm.ops.diffusion_step.functional import PREDICTION_TYPES
 from fastldm.schedulers.base import SchedulerMixin, randn
 from fastldm.schedulers.betas import make_betas, rescale_zero_terminal_snr
+from fastldm.schedulers.checks import HUGE, TINY, check_choice, check_integer, check_number
 from fastldm.schedulers.timesteps import TIMESTEP_SPACINGS
 
 _SCHEDULE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -57,24 +58,14 @@ class DiffusionScheduler(SchedulerMixin):
         schedule_dtype: str,
     ) -> None:
         """Take over the fields that the schedulers have in common, and check them."""
-        _check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
-        _check_integer("steps_offset", steps_offset, minimum=0)
+        check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
+        check_integer("steps_offset", steps_offset, minimum=0)
         check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
         check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
         check_choice("schedule_dtype", schedule_dtype, tuple(_SCHEDULE_DTYPES))
-        _check_number("beta_start", beta_start)
-        _check_number("beta_end", beta_end)
-        _check_number("clip_sample_range", clip_sample_range)
-        _check_number("sample_max_value", sample_max_value)
-        _check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio)
-        if not 0 <= dynamic_thresholding_ratio <= 1:
-            raise ConfigError(
-                f"dynamic_thresholding_ratio: got {dynamic_thresholding_ratio}; "
-                "accepted: a quantile in [0, 1]"
-            )
-        if trained_betas is not None:
-            trained_betas = [float(beta) for beta in trained_betas]
-            self.register_config(trained_betas=trained_betas)
+        check_number("clip_sample_range", clip_sample_range, TINY, HUGE)
+        check_number("sample_max_value", sample_max_value, TINY, HUGE)
+        check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1)
         self.num_train_timesteps = num_train_timesteps
         self.prediction_type = prediction_type
         self.clip_range = float(clip_sample_range) if clip_sample else None
@@ -87,6 +78,8 @@ class DiffusionScheduler(SchedulerMixin):
         betas = make_betas(
             beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, dtype=dtype
         )
+        if trained_betas is not None:
+            self.register_config(trained_betas=[float(beta) for beta in trained_betas])
         self.betas = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
         self.alphas = 1.0 - self.betas
         self.alphas_cumprod = self.alphas.cumprod(dim=0)
@@ -255,18 +248,3 @@ def stays_on_device(timestep: int | Tensor) -> TypeGuard[Tensor]:
     return isinstance(timestep, Tensor) and (
         timestep.ndim > 0 or timestep.device.type != "cpu" or torch.compiler.is_compiling()
     )
-
-
-def _check_integer(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-        raise ConfigError(f"{name}: got {value!r}; accepted: an integer of at least {minimum}")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise ConfigError(f"{name}: got {value!r}; accepted: a number")
-
-
-def check_choice(name: str, value: object, accepted: tuple[str, ...]) -> None:
-    if value not in accepted:
-        raise ConfigError(f"{name}: got {value!r}; accepted: {', '.join(accepted)}")

@@ -88,5 +88,5 @@ def test_bad_values_are_named():
     for eta in (-0.1, 1.1, float("nan")):
         with pytest.raises(ConfigError, match="eta"):
             ddim_coefficients(alpha, alpha, eta)
-    with pytest.raises(ConfigError, match="variance_type.*'huge'.*learned_range"):
+    with pytest.raises(ConfigError, match=r"variance_type.*'huge'.*learned_range"):
         ddpm_coefficients(alpha, alpha, "huge")

@@ -1,0 +1,201 @@
+"""Config files to and from diffusers, and seeded noise."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+
+from fastldm import schedulers
+from fastldm.errors import CheckpointError, ConfigError
+from fastldm.schedulers import DDIMScheduler, DDPMScheduler, randn
+
+PAIRS = [(DDIMScheduler, diffusers.DDIMScheduler), (DDPMScheduler, diffusers.DDPMScheduler)]
+both = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["ddim", "ddpm"])
+each = pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler])
+CONFIG = {
+    "num_train_timesteps": 500,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "clip_sample_range": 2.0,
+    "prediction_type": "v_prediction",
+    "thresholding": True,
+    "dynamic_thresholding_ratio": 0.9,
+    "sample_max_value": 1.5,
+    "timestep_spacing": "trailing",
+    "steps_offset": 1,
+    "rescale_betas_zero_snr": True,
+}
+
+
+def fields(config):
+    return {name: value for name, value in dict(config).items() if not name.startswith("_")}
+
+
+@both
+def test_diffusers_file_loads_here(ours, theirs, tmp_path):
+    theirs(**CONFIG).save_pretrained(tmp_path / "scheduler")
+    for loaded in (
+        ours.from_pretrained(tmp_path / "scheduler"),
+        ours.from_pretrained(tmp_path, subfolder="scheduler"),
+        ours.from_pretrained(str(tmp_path), "scheduler"),
+    ):
+        assert fields(loaded.config) == {**fields(theirs(**CONFIG).config),
+                                         "schedule_dtype": "float32"}  # fmt: skip
+        assert torch.equal(loaded.alphas_cumprod, theirs(**CONFIG).alphas_cumprod)
+    assert ours.from_pretrained(tmp_path / "scheduler", steps_offset=0).config.steps_offset == 0
+
+
+@both
+def test_our_file_loads_in_diffusers_without_a_warning(ours, theirs, tmp_path, caplog):
+    ours(**CONFIG).save_pretrained(tmp_path)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        loaded = theirs.from_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert fields(loaded.config) == fields(theirs(**CONFIG).config)
+
+
+@each
+def test_own_file_gives_the_same_scheduler(cls, tmp_path):
+    betas = np.linspace(0.01, 0.02, 20)
+    saved = cls(20, trained_betas=betas, schedule_dtype="float64")
+    saved.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path)
+    assert loaded.config == saved.config
+    assert loaded.config.schedule_dtype == "float64"
+    assert loaded.config.trained_betas == betas.tolist()
+    assert torch.equal(loaded.alphas_cumprod, saved.alphas_cumprod)
+    assert loaded.alphas_cumprod.dtype == torch.float64
+
+
+def test_saving_keeps_other_files(tmp_path):
+    (tmp_path / "notes.txt").write_text("kept")
+    DDIMScheduler().save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "kept"
+    assert json.loads((tmp_path / "scheduler_config.json").read_text())["_class_name"] == (
+        "DDIMScheduler"
+    )
+
+
+OTHERS = [
+    diffusers.PNDMScheduler, diffusers.LMSDiscreteScheduler, diffusers.EulerDiscreteScheduler,
+    diffusers.EulerAncestralDiscreteScheduler, diffusers.HeunDiscreteScheduler,
+    diffusers.KDPM2DiscreteScheduler, diffusers.KDPM2AncestralDiscreteScheduler,
+    diffusers.DPMSolverMultistepScheduler, diffusers.DPMSolverSinglestepScheduler,
+    diffusers.DEISMultistepScheduler, diffusers.UniPCMultistepScheduler, diffusers.LCMScheduler,
+    diffusers.TCDScheduler, diffusers.DDIMInverseScheduler, diffusers.DDIMScheduler,
+    diffusers.DDPMScheduler,
+]  # fmt: skip
+
+
+@both
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+@pytest.mark.parametrize("other", OTHERS, ids=lambda cls: cls.__name__)
+def test_configs_of_other_schedulers_are_taken_over(ours, theirs, other):
+    config = other(beta_schedule="scaled_linear", beta_start=0.001, beta_end=0.013).config
+    got = fields(ours.from_config(config).config)
+    got.pop("schedule_dtype")
+    assert got == {name: value for name, value in fields(theirs.from_config(config).config).items()
+                   if name in got}  # fmt: skip
+    assert got["beta_end"] == 0.013
+
+
+@each
+def test_configs_of_each_other_are_taken_over(cls):
+    for other in (DDIMScheduler, DDPMScheduler):
+        loaded = cls.from_config(other(**CONFIG).config, clip_sample=True)
+        assert {name: loaded.config[name] for name in CONFIG} == {**CONFIG, "clip_sample": True}
+
+
+@each
+def test_fields_of_early_diffusers_releases(cls):
+    config = {"tensor_format": "pt", "timestep_values": None, "beta_end": 0.0195}
+    assert cls.from_config({**config, "predict_epsilon": True}).prediction_type == "epsilon"
+    assert cls.from_config({**config, "predict_epsilon": False}).prediction_type == "sample"
+
+
+@each
+def test_bad_fields_are_named(cls):
+    with pytest.raises(ConfigError, match=r"'beta_stop'.*beta_end"):
+        cls.from_config({"beta_stop": 0.02})
+    with pytest.raises(ConfigError, match="'beta_stop'"):
+        cls.from_config({}, beta_stop=0.02)
+    with pytest.raises(ConfigError, match="use_flow_sigmas"):
+        cls.from_config({"use_flow_sigmas": True})
+
+
+@each
+def test_bad_folders_are_named(cls, tmp_path):
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: no such file"):
+        cls.from_pretrained(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a JSON file"):
+        cls.from_pretrained(tmp_path)
+    (tmp_path / "scheduler_config.json").write_text("[]")
+    with pytest.raises(ConfigError, match="expected a JSON object"):
+        cls.from_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="absent: no such folder"):
+        cls.from_pretrained(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="owner/absent: no such folder"):
+        cls.from_pretrained("owner/absent", local_files_only=True, cache_dir=tmp_path)
+
+
+def test_a_hub_repository_is_read_from_the_cache(tmp_path):
+    snapshot = tmp_path / "models--owner--model" / "snapshots" / "abc" / "scheduler"
+    snapshot.mkdir(parents=True)
+    DDIMScheduler(**CONFIG).save_pretrained(snapshot)
+    reference = tmp_path / "models--owner--model" / "refs" / "main"
+    reference.parent.mkdir()
+    reference.write_text("abc")
+    loaded = DDIMScheduler.from_pretrained(
+        "owner/model", subfolder="scheduler", cache_dir=tmp_path, local_files_only=True
+    )
+    assert loaded.config == DDIMScheduler(**CONFIG).config
+
+
+@each
+def test_register_to_config_changes_the_scheduler(cls):
+    scheduler = cls()
+    scheduler.set_timesteps(10)
+    scheduler.register_to_config(prediction_type="v_prediction", beta_end=0.01)
+    fresh = cls(prediction_type="v_prediction", beta_end=0.01)
+    assert scheduler.config == fresh.config
+    assert scheduler.prediction_type == "v_prediction"
+    assert torch.equal(scheduler.alphas_cumprod, fresh.alphas_cumprod)
+    assert torch.equal(scheduler.timesteps, fresh.timesteps)
+    with pytest.raises(ConfigError, match="prediction_type"):
+        scheduler.register_to_config(prediction_type="v")
+    assert scheduler.config == fresh.config
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+def test_noise_is_that_of_diffusers(dtype):
+    shape, device = (3, 2, 4), torch.device("cpu")
+
+    def seeded(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    for make in (lambda: seeded(1)[0], lambda: seeded(1), lambda: seeded(1, 2, 3)):
+        want = randn_tensor(shape, generator=make(), device=device, dtype=dtype)
+        got = randn(shape, make(), device, dtype)
+        assert torch.equal(got, want)
+        assert got.dtype == dtype
+    torch.manual_seed(0)
+    want = randn_tensor(shape, device=device, dtype=dtype)
+    torch.manual_seed(0)
+    assert torch.equal(randn(shape, None, device, dtype), want)
+
+
+def test_public_names():
+    assert all(hasattr(schedulers, name) for name in schedulers.__all__)
