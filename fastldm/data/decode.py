@@ -97,7 +97,9 @@ def _stream_size(stream: BinaryIO) -> tuple[int, int]:
 
         with Image.open(stream) as image:
             width, height = image.size
-            turned = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+            # getexif would decode a whole PNG in search of a tag behind its pixels.
+            known = image.format != "PNG" or "exif" in image.info
+            turned = known and image.getexif().get(_ORIENTATION_TAG, 1) >= 5
     return (width, height) if turned else (height, width)
 
 
@@ -255,4 +257,4 @@ def _to_grey(array: np.ndarray) -> np.ndarray:
     grey = array.astype(np.float64) @ _LUMA
     if array.dtype.kind == "u":
         grey = np.rint(grey)
-    return grey.astype(array.dtype)[:, :, None]
+    return np.asarray(grey, dtype=array.dtype)[:, :, None]

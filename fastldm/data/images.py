@@ -70,7 +70,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._unreadable = shared_zeros(len(rows), torch.bool)
         self._cache: dict[int, np.ndarray] = {}
         self._cache_room = config.cache_megabytes * 2**20 // max(1, config.num_workers)
-        self._first_tiles, self._tile_columns = self._check_headers()
+        self._first_tiles, self._tiled_sizes = self._check_headers()
 
     def __len__(self) -> int:
         return self._first_tiles[-1] if self._first_tiles else len(self._rows)
@@ -187,40 +187,46 @@ class ImageDataset(Dataset[dict[str, Any]]):
     ) -> np.ndarray:
         side = self.config.tile or 0
         height, width = array.shape[:2]
+        if (height, width) != self._tiled_sizes[photo]:
+            raise DataError(
+                f"{self._source.origin}: {self._name(photo)}: the image is {width}×{height} pixels, "
+                f"but was {self._tiled_sizes[photo][1]}×{self._tiled_sizes[photo][0]} by its header "
+                "when the data set was opened"
+            )
         if augmentation.top is not None and augmentation.left is not None:
             top = position(augmentation.top, height - side)
             left = position(augmentation.left, width - side)
         else:
-            row, column = divmod(tile, self._tile_columns[photo])
+            row, column = divmod(tile, width // side)
             top = height % side // 2 + row * side
             left = width % side // 2 + column * side
         resolution = self.config.resolution
         square = cut(array, top, left, side)
         return resize(square, resolution, resolution, self.config.interpolation)
 
-    def _check_headers(self) -> tuple[list[int], list[int]]:
+    def _check_headers(self) -> tuple[list[int], list[tuple[int, int]]]:
         """Read sizes before anything is decoded.
 
         Returns the number of the first tile of each photograph (and of the one past the last),
-        and how many tiles it has across; two empty lists without tiling.
+        and the size of each photograph; two empty lists without tiling.
         """
         side = self.config.tile
         checked = len(self._rows) if side else min(len(self._rows), _HEADERS_CHECKED_AT_LOAD)
-        first_tiles, tile_columns = [0], []
+        first_tiles, sizes = [0], []
         for photo in range(checked):
             size = self._header_size(photo)
             if side:
-                down, across = (size[0] // side, size[1] // side) if size else (0, 0)
-                first_tiles.append(first_tiles[-1] + down * across)
-                tile_columns.append(across)
+                first_tiles.append(first_tiles[-1] + (size[0] // side) * (size[1] // side))
+                sizes.append(size)
         if self.skipped_count == len(self._rows):
             raise DataError(
                 f"{self._source.origin}: none of its {len(self._rows)} images is readable, "
                 f"the first being {self._name(0)}"
             )
-        return (first_tiles, tile_columns) if side else ([], [])
+        return (first_tiles, sizes) if side else ([], [])
 
-    def _header_size(self, photo: int) -> tuple[int, int] | None:
+    def _header_size(self, photo: int) -> tuple[int, int]:
+        """Height and width; 0 and 0 of an unreadable image."""
         row = self._row(photo)
         name = self._source.name(row, int(self._rows[photo]))
         try:
@@ -230,7 +236,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
             raise DataError(f"{self._source.origin}: {name}: {error}") from None
         except Exception as error:  # decoders raise many types on damaged files
             self._skip(photo, UnreadableImageError(f"{name}: {_reason(error)}"))
-            return None
+            return 0, 0
         return size
 
     def _skip(self, photo: int, error: UnreadableImageError) -> None:

@@ -41,6 +41,8 @@ def load_images(
             missing; an image is too small; nothing is held out and ``test`` is asked for.
         ConfigError: `split` is neither ``train`` nor ``test``.
     """
+    import datasets
+
     if split not in get_args(Split):
         raise ConfigError(f"split must be 'train' or 'test', got {split!r}")
     source = read_source(config, split)
@@ -54,12 +56,11 @@ def load_images(
         )
     _require_fields(source, config)
     augment = split == "train" if augment is None else augment
+    if isinstance(source.rows, datasets.Dataset):
+        source = _check_captions(source, config)
+        source = _check_labels(source, config)
     if config.streams:
-        if not hasattr(source.rows, "iter_arrow") and hasattr(source.rows, "to_iterable_dataset"):
-            source.rows = source.rows.to_iterable_dataset()
         return StreamingImageDataset(source, config, split, fraction, augment)
-    source = _check_captions(source, config)
-    source = _check_labels(source, config)
     source.rows = source.rows.select_columns(_columns(source))
     rows = np.arange(source.rows.num_rows)
     if fraction:

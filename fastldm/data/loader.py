@@ -110,7 +110,7 @@ class ImageDataLoader(DataLoader[dict[str, Any]]):
         assert isinstance(self.batch_sampler, EpochBatchSampler)
         self.batch_sampler.start_batch = start_batch
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         epoch = self.epoch
         yield from super().__iter__()
         self.set_epoch(epoch + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -39,8 +40,12 @@ class StreamingImageDataset(IterableDataset[dict[str, Any]]):
     def __init__(
         self, source: ImageTable, config: DataConfig, split: str, fraction: float, augment: bool
     ) -> None:
+        import datasets
+
         self.config = config
         self.shuffle = augment
+        if isinstance(source.rows, datasets.Dataset):
+            source = replace(source, rows=source.rows.to_iterable_dataset())
         self._source = source
         self._split = split
         self._fraction = fraction

@@ -50,16 +50,21 @@ def read_emoji(config: DataConfig) -> ImageTable:
     import datasets
 
     path = find_font(config.font_path)
-    named = _english_names()
+    named = _english_names(config.emoji_skin_tones)
     images = _bitmaps(path, named)
-    names = {
-        sequence: name
-        for sequence, name in sorted(named.items(), key=lambda entry: entry[1])
-        if sequence in images
-        and (config.emoji_skin_tones or not any(point in _SKIN_TONES for point in sequence))
-    }
+    names = {sequence: name for sequence, name in named.items() if sequence in images}
     if not names:
         raise DataError(f"{path}: the font draws none of the emoji that have a name")
+    groups = _installed_groups()
+    notes: list[str] = []
+    if groups is not None:
+        newer = {sequence for sequence in names if group_of(sequence, groups) is None}
+        if newer:
+            notes.append(
+                f"{len(newer)} emoji are left out because the installed emoji-test.txt does not "
+                f"have them yet, one being {names[min(newer)]}"
+            )
+            names = {key: name for key, name in names.items() if key not in newer}
     columns: dict[str, list[Any]] = {
         "image": [images[sequence] for sequence in names],
         "name": list(names.values()),
@@ -68,10 +73,8 @@ def read_emoji(config: DataConfig) -> ImageTable:
     # Some emoji share one drawing: they stay on the same side of a split.
     first_name: dict[bytes, str] = {}
     split_keys = [first_name.setdefault(images[sequence], name) for sequence, name in names.items()]
-    groups_file = next((Path(file) for file in GROUP_FILES if Path(file).is_file()), None)
     classes = None
-    if groups_file is not None:
-        groups = read_groups(groups_file)
+    if groups is not None:
         class_names = config.class_names or tuple(dict.fromkeys(groups.values()))
         classes = ClassMap(class_names, {name: i for i, name in enumerate(class_names)})
         columns["class"] = [group_of(sequence, groups) for sequence in names]
@@ -82,6 +85,7 @@ def read_emoji(config: DataConfig) -> ImageTable:
         classes=classes,
         pad_to_square=True,
         split_keys=split_keys,
+        notes=notes,
         why_no_classes=f"emoji groups are read from emoji-test.txt, looked for at "
         f"{' and '.join(GROUP_FILES)}; install it: {INSTALL_COMMAND}",
     )
@@ -132,6 +136,11 @@ def read_groups(file: Path) -> dict[Sequence, str]:
     return groups
 
 
+def _installed_groups() -> dict[Sequence, str] | None:
+    file = next((Path(file) for file in GROUP_FILES if Path(file).is_file()), None)
+    return None if file is None else read_groups(file)
+
+
 def group_of(sequence: Sequence, groups: Mapping[Sequence, str]) -> str | None:
     """The group of an emoji; one that is newer than the file has that of the emoji it extends."""
     while sequence not in groups:
@@ -145,14 +154,20 @@ def _without_selectors(points: Iterable[int]) -> Sequence:
     return tuple(point for point in points if point != _VARIATION_SELECTOR)
 
 
-def _english_names() -> dict[Sequence, str]:
+def _english_names(skin_tones: bool) -> dict[Sequence, str]:
+    """Names such as ``grinning_face``, in alphabetical order."""
     import emoji
 
     accepted = (emoji.STATUS["component"], emoji.STATUS["fully_qualified"])
-    return {
+    names = {
         _without_selectors(map(ord, text)): data["en"].strip(":")
         for text, data in emoji.EMOJI_DATA.items()
         if data["status"] in accepted
+    }
+    return {
+        sequence: name
+        for sequence, name in sorted(names.items(), key=lambda entry: entry[1])
+        if skin_tones or not any(point in _SKIN_TONES for point in sequence)
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -242,14 +242,6 @@ def split_rows(keys: Sequence[str], split: str, fraction: float, seed: int) -> n
 def _share(key: str, seed: int) -> float:
     digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
-
-
-def enumerate_names(names: Iterable[str]) -> Iterator[str]:
-    """Names made unique: the second "a" becomes "a#2"."""
-    seen: dict[str, int] = {}
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        yield name if seen[name] == 1 else f"{name}#{seen[name]}"
 
 
 def _find_image(features: Mapping[str, Any]) -> str | None:
