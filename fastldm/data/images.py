@@ -187,11 +187,12 @@ class ImageDataset(Dataset[dict[str, Any]]):
     ) -> np.ndarray:
         side = self.config.tile or 0
         height, width = array.shape[:2]
-        if (height, width) != self._tiled_sizes[photo]:
+        opened_height, opened_width = self._tiled_sizes[photo]
+        if (height, width) != (opened_height, opened_width):
             raise DataError(
-                f"{self._source.origin}: {self._name(photo)}: the image is {width}×{height} pixels, "
-                f"but was {self._tiled_sizes[photo][1]}×{self._tiled_sizes[photo][0]} by its header "
-                "when the data set was opened"
+                f"{self._source.origin}: {self._name(photo)}: the image is {width}×{height} "
+                f"pixels, but was {opened_width}×{opened_height} by its header when the data set "
+                "was opened"
             )
         if augmentation.top is not None and augmentation.left is not None:
             top = position(augmentation.top, height - side)

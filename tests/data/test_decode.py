@@ -150,9 +150,7 @@ def test_orientation_is_obeyed(pixels: Pixels, orientation: int, kind: str) -> N
     exif = Image.Exif()
     exif[274] = orientation
     if kind == "tiff":
-        data = encode_tiff(
-            array, photometric="rgb", extratags=[(274, "H", 1, orientation, True)]
-        )
+        data = encode_tiff(array, photometric="rgb", extratags=[(274, "H", 1, orientation, True)])
         turned = Image.fromarray(array)
         turned.getexif()[274] = orientation
         expected = ImageOps.exif_transpose(turned)
@@ -285,5 +283,5 @@ def test_a_damaged_file_raises(pixels: Pixels, kind: str) -> None:
         "text": lambda: b"not an image at all" * 9,
     }
     data = encoders.get(kind, lambda: encode(array, kind))()
-    with pytest.raises(Exception, match="."):  # noqa: PT011 - each decoder has its own type
+    with pytest.raises((OSError, ValueError, RuntimeError)):
         decode_image(data[: len(data) // 2], 3)

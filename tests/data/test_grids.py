@@ -46,7 +46,9 @@ def test_small_images_are_enlarged_to_be_seen() -> None:
 
 def test_captions_are_written_below_their_images() -> None:
     images = torch.ones(2, 3, 64, 64)
-    grid = image_grid(images, columns=2, captions=["a word", "seven words that go on and on and on"])
+    grid = image_grid(
+        images, columns=2, captions=["a word", "seven words that go on and on and on"]
+    )
     assert grid.shape[0] == 64 + 3 * 12 + 4
     below = grid[2 + 64 :]
     assert (below[:12, :68] < 128).any()

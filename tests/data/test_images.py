@@ -93,7 +93,9 @@ def test_split_is_disjoint_complete_and_stable(image_folder: Path, pixels: Pixel
     Image.fromarray(pixels()).save(image_folder / "new.png")
     assert names("train") - {"new.png"} == train
     assert names("test") - {"new.png"} == test
-    assert load(image_folder, split="test", holdout_fraction=0.4, split_seed=1).names != sorted(test)
+    assert load(image_folder, split="test", holdout_fraction=0.4, split_seed=1).names != sorted(
+        test
+    )
 
 
 def test_a_small_holdout_still_has_one_image(image_folder: Path) -> None:

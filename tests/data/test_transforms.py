@@ -88,9 +88,7 @@ def test_floats_outside_their_range_are_refused(wrong: float) -> None:
 
 
 @pytest.mark.parametrize("kind", ["uint16", "float"])
-def test_deep_images_are_resized_with_the_same_filter(
-    rng: np.random.Generator, kind: str
-) -> None:
+def test_deep_images_are_resized_with_the_same_filter(rng: np.random.Generator, kind: str) -> None:
     unit = rng.random((40, 40, 2))
     deep = unit.astype(np.float32) if kind == "float" else (unit * 65535).astype(np.uint16)
     resized = prepare(deep, config(channels=2), pad=False)
@@ -119,8 +117,7 @@ def test_random_crops_reach_every_position_and_only_those(rng: np.random.Generat
     array = rng.integers(0, 256, (16, 19, 3), dtype=np.uint8)
     settings = config(crop="random")
     windows = {
-        start: to_pixel_values(array[:, start : start + 16]).numpy().tobytes()
-        for start in range(4)
+        start: to_pixel_values(array[:, start : start + 16]).numpy().tobytes() for start in range(4)
     }
     seen = set()
     for index in range(100):

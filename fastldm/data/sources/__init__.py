@@ -30,9 +30,9 @@ def read_source(config: DataConfig, split: str) -> ImageTable:
     if source.startswith("hub:"):
         return huggingface.read_hub(source.removeprefix("hub:"), config, split)
     if source.startswith("parquet:") or source.endswith(".parquet"):
-        return huggingface.read_parquet(source.removeprefix("parquet:"), config, split)
+        return huggingface.read_parquet(source.removeprefix("parquet:"), config)
     if is_webdataset(source):
-        return huggingface.read_webdataset(source.removeprefix("webdataset:"), config, split)
+        return huggingface.read_webdataset(source.removeprefix("webdataset:"), config)
     path = Path(source).expanduser()
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):

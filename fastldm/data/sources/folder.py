@@ -46,6 +46,7 @@ def read_folder(folder: Path, config: DataConfig, split: str) -> ImageTable:
     """
     import datasets
 
+    whole = folder
     folder, own_split = _split_folder(folder, config, split)
     files = list(_image_files(folder))
     if not files:
@@ -61,7 +62,10 @@ def read_folder(folder: Path, config: DataConfig, split: str) -> ImageTable:
         columns["caption"] = captions
     if labels is not None:
         columns["class"] = labels
-        classes = class_map(labels, config, str(folder))
+        if own_split and split == "test":
+            classes = read_folder(whole, config, "train").classes
+        else:
+            classes = class_map(labels, config, str(folder))
     notes = [
         f"{path}: named in the metadata, but there is no such image"
         for path in sorted(set(metadata) - set(files))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from fastldm.errors import DataError
 _TEST_SPLITS = ("test", "validation", "val", "valid")
 
 
-def read_parquet(pattern: str, config: DataConfig, split: str) -> ImageTable:
+def read_parquet(pattern: str, config: DataConfig) -> ImageTable:
     """Rows of one or many parquet files, in the order of their names."""
     import datasets
 
@@ -32,10 +32,10 @@ def read_parquet(pattern: str, config: DataConfig, split: str) -> ImageTable:
             "parquet", data_files={"train": files}, split="train", streaming=config.streaming
         ),
     )
-    return _table(rows, config, pattern, own_split=False)
+    return _table(rows, config, pattern)
 
 
-def read_webdataset(pattern: str, config: DataConfig, split: str) -> ImageTable:
+def read_webdataset(pattern: str, config: DataConfig) -> ImageTable:
     """A stream over tar shards in which the files of one item share a name."""
     import datasets
 
@@ -46,7 +46,7 @@ def read_webdataset(pattern: str, config: DataConfig, split: str) -> ImageTable:
             "webdataset", data_files={"train": files}, split="train", streaming=True
         ),
     )
-    return _table(rows, config, pattern, own_split=False)
+    return _table(rows, config, pattern)
 
 
 def read_saved(folder: Path, config: DataConfig, split: str) -> ImageTable:
@@ -54,49 +54,62 @@ def read_saved(folder: Path, config: DataConfig, split: str) -> ImageTable:
     import datasets
 
     saved = _guarded(str(folder), lambda: datasets.load_from_disk(str(folder)))
-    rows, own_split = saved, False
-    if isinstance(saved, Mapping):
-        name, own_split = choose_split(saved, config, split, str(folder))
-        rows = saved[name]
-    if config.streaming:
-        rows = rows.to_iterable_dataset()
-    return _table(rows, config, str(folder), own_split)
+    if not isinstance(saved, Mapping):
+        return _table(saved, config, str(folder))
+    train, chosen, own_split = choose_split(saved, config, split, str(folder))
+    return _table(saved[chosen], config, str(folder), own_split, lambda: saved[train])
 
 
 def read_hub(name: str, config: DataConfig, split: str) -> ImageTable:
     """A data set of the Hugging Face hub; nothing of it is run."""
     import datasets
 
-    options: dict[str, Any] = {"name": config.subset, "revision": config.revision}
+    origin = f"hub:{name}"
     splits = _guarded(
-        f"hub:{name}",
+        origin,
         lambda: datasets.get_dataset_split_names(
             name, config_name=config.subset, revision=config.revision
         ),
     )
-    chosen, own_split = choose_split(splits, config, split, f"hub:{name}")
-    rows = _guarded(
-        f"hub:{name}",
-        lambda: datasets.load_dataset(name, split=chosen, streaming=config.streaming, **options),
-    )
-    return _table(rows, config, f"hub:{name}", own_split)
+
+    def load(chosen: str) -> Any:
+        return _guarded(
+            origin,
+            lambda: datasets.load_dataset(
+                name,
+                config.subset,
+                split=chosen,
+                revision=config.revision,
+                streaming=config.streaming,
+            ),
+        )
+
+    train, chosen, own_split = choose_split(splits, config, split, origin)
+    return _table(load(chosen), config, origin, own_split, lambda: load(train))
 
 
 def choose_split(
     available: Iterable[str], config: DataConfig, split: str, origin: str
-) -> tuple[str, bool]:
-    """The split of the source to read, and whether the source tells train and test apart."""
+) -> tuple[str, str, bool]:
+    """The train split, the one to read, and whether the source itself has a test split."""
     names = list(available)
     train = "train" if "train" in names else names[0] if len(names) == 1 else None
     if train is None:
         raise DataError(f"{origin}: there is no train split; there are {', '.join(names)}")
     test = next((name for name in _TEST_SPLITS if name in names), None)
     if config.holdout_fraction is not None or test is None:
-        return train, False
-    return (test if split == "test" else train), True
+        return train, train, False
+    return train, (test if split == "test" else train), True
 
 
-def _table(rows: Any, config: DataConfig, origin: str, own_split: bool) -> ImageTable:
+def _table(
+    rows: Any,
+    config: DataConfig,
+    origin: str,
+    own_split: bool = False,
+    training_rows: Callable[[], Any] | None = None,
+) -> ImageTable:
+    """Find the columns; classes without names are numbered as they occur in the train split."""
     import datasets
 
     features = rows.features
@@ -111,14 +124,20 @@ def _table(rows: Any, config: DataConfig, origin: str, own_split: bool) -> Image
         rows=rows,
         fields=fields,
         origin=origin,
-        classes=_classes(rows, fields, config, origin),
+        classes=_classes(rows, fields, config, origin, training_rows or (lambda: rows)),
         own_split=own_split,
         why_no_captions=f"none of its columns is a caption: {', '.join(features)}",
         why_no_classes=f"none of its columns is a class: {', '.join(features)}",
     )
 
 
-def _classes(rows: Any, fields: Fields, config: DataConfig, origin: str) -> ClassMap | None:
+def _classes(
+    rows: Any,
+    fields: Fields,
+    config: DataConfig,
+    origin: str,
+    training_rows: Callable[[], Any],
+) -> ClassMap | None:
     import datasets
 
     if fields.label is None:
@@ -127,7 +146,8 @@ def _classes(rows: Any, fields: Fields, config: DataConfig, origin: str) -> Clas
     if isinstance(kind, datasets.ClassLabel) and kind.names:
         return ClassMap(config.class_names or tuple(kind.names))
     if isinstance(rows, datasets.Dataset):
-        column = rows.select_columns([fields.label.split(".")[0]])
+        root = fields.label if fields.label in rows.features else fields.label.split(".")[0]
+        column = training_rows().select_columns([root])
         return class_map((lookup(row, fields.label) for row in column), config, origin)
     if config.class_names is not None:
         numbers: dict[Any, int] = {name: i for i, name in enumerate(config.class_names)}

@@ -31,6 +31,7 @@ def read_idx(folder: Path, config: DataConfig, split: str) -> ImageTable:
     labels = _read_array(folder, f"{prefix}-labels-idx1-ubyte", rank=1)
     if len(images) != len(labels):
         raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels")
+    training_labels = _read_array(folder, f"{_PREFIXES['train']}-labels-idx1-ubyte", rank=1)
     columns = {
         "image": [_npy_bytes(image) for image in images],
         "class": labels.tolist(),
@@ -40,7 +41,7 @@ def read_idx(folder: Path, config: DataConfig, split: str) -> ImageTable:
         rows=datasets.Dataset.from_dict(columns),
         fields=Fields(image="image", label="class", name="name"),
         origin=str(folder),
-        classes=class_map(columns["class"], config, str(folder)),
+        classes=class_map(training_labels.tolist(), config, str(folder)),
         own_split=own_split,
         why_no_captions="IDX files have none",
     )

@@ -201,7 +201,11 @@ def class_map(values: Iterable[Any], config: DataConfig, origin: str) -> ClassMa
         DataError: values are neither integers nor strings, are negative, or are not among
             ``config.class_names``.
     """
-    found = {value for value in values if value is not None and value != "" and value != -1}
+    present = [value for value in values if value is not None and value != "" and value != -1]
+    other = next((v for v in present if not isinstance(v, int | np.integer | str)), None)
+    if other is not None:
+        raise DataError(f"{origin}: a class must be an integer or a string, got {other!r}")
+    found = set(present)
     if all(isinstance(value, int | np.integer) for value in found):
         if found and min(found) < 0:
             raise DataError(f"{origin}: class {min(found)} is negative")
@@ -213,8 +217,7 @@ def class_map(values: Iterable[Any], config: DataConfig, origin: str) -> ClassMa
             )
         return ClassMap(names)
     if not all(isinstance(value, str) for value in found):
-        kinds = ", ".join(sorted({type(value).__name__ for value in found}))
-        raise DataError(f"{origin}: classes must be integers or strings, got {kinds}")
+        raise DataError(f"{origin}: classes must be all integers or all strings")
     names = config.class_names or tuple(sorted(found))
     unknown = sorted(found - set(names))
     if unknown:

@@ -70,7 +70,7 @@ def test_classes_are_the_first_subfolders(tmp_path: Path, pixels: Pixels) -> Non
     assert load(tmp_path).class_names is None
     with pytest.raises(DataError, match=r"loose\.png: not in a subfolder"):
         load(tmp_path, class_field="folder")
-    with pytest.raises(DataError, match="classes are required: .* outside subfolders"):
+    with pytest.raises(DataError, match=r"classes are required: .* outside subfolders"):
         load(tmp_path, require_classes=True)
 
 
@@ -128,9 +128,7 @@ def test_fields_without_metadata(image_folder: Path) -> None:
         ("00.txt", "caf\xe9", r"00\.txt: not UTF-8"),
     ],
 )
-def test_damaged_metadata_is_named(
-    image_folder: Path, name: str, text: str, message: str
-) -> None:
+def test_damaged_metadata_is_named(image_folder: Path, name: str, text: str, message: str) -> None:
     (image_folder / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         load(image_folder)
