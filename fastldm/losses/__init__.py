@@ -6,19 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastldm.losses.diffusion import DiffusionLossConfig
+    from fastldm.losses.diffusion import DiffusionLoss, DiffusionLossConfig
     from fastldm.losses.first_stage import FirstStageLoss
     from fastldm.losses.first_stage_config import FirstStageLossConfig
     from fastldm.losses.perceptual import LPIPS
 
 _MODULE_OF = {
     "LPIPS": "perceptual",
+    "DiffusionLoss": "diffusion",
     "DiffusionLossConfig": "diffusion",
     "FirstStageLoss": "first_stage",
     "FirstStageLossConfig": "first_stage_config",
 }
 
-__all__ = ["LPIPS", "DiffusionLossConfig", "FirstStageLoss", "FirstStageLossConfig"]
+__all__ = [
+    "LPIPS",
+    "DiffusionLoss",
+    "DiffusionLossConfig",
+    "FirstStageLoss",
+    "FirstStageLossConfig",
+]
 
 
 def __getattr__(name: str) -> Any:

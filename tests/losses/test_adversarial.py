@@ -101,6 +101,20 @@ def test_value_and_gradient_is_autograd_and_touches_no_parameter() -> None:
     assert all(parameter.grad is None for parameter in network.parameters())
 
 
+def test_small_gradients_survive_a_half_precision_network() -> None:
+    x = torch.randn(1, 1, 100, 100)
+
+    def function(y: Tensor) -> tuple[Tensor, Tensor]:
+        value = (y.half() * 1e-4).float().mean()
+        return value, value
+
+    leaf = x.clone().requires_grad_()
+    (flushed,) = torch.autograd.grad(function(leaf)[0], leaf)
+    _, _, gradient = value_and_gradient(function, x)
+    assert (flushed == 0).all()
+    torch.testing.assert_close(gradient, torch.full_like(x, 1e-8), rtol=2e-2, atol=0)
+
+
 class _Case:
     """A last layer, what it made, and two upstream gradients; the weight by hand in float64."""
 
