@@ -1,0 +1,28 @@
+"""Training of both stages on Hugging Face Accelerate; each part is loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastldm.training.autoencoder import train_autoencoder
+    from fastldm.training.config import AutoencoderTrainingConfig, ModelConfig
+
+_MODULE_OF = {
+    "AutoencoderTrainingConfig": "config",
+    "ModelConfig": "config",
+    "train_autoencoder": "autoencoder",
+}
+
+__all__ = ["AutoencoderTrainingConfig", "ModelConfig", "train_autoencoder"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})

@@ -1,0 +1,77 @@
+"""The classes that a configuration may name, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from fastldm.errors import ConfigError
+from fastldm.storage import read_json
+from fastldm.training.config import ModelConfig
+
+FIRST_STAGES = ("AutoencoderKL", "VQModel")
+DISCRIMINATORS = ("PatchDiscriminator",)
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+CONDITIONERS = ("TextEncoder", "ClassEmbedder")
+SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+
+_HOME = {
+    **dict.fromkeys((*FIRST_STAGES, *DISCRIMINATORS, *UNETS, *CONDITIONERS), "fastldm.models"),
+    **dict.fromkeys(SCHEDULERS, "fastldm.schedulers"),
+}
+
+
+def resolve_class(name: str, accepted: Collection[str], field: str) -> type:
+    """The class of a name.
+
+    Raises:
+        ConfigError: the name is not one of `accepted`.
+    """
+    if name not in accepted:
+        raise ConfigError(
+            f"{field}.class_name: expected one of {', '.join(accepted)}, got {name!r}"
+        )
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def build(model: ModelConfig, accepted: Collection[str], field: str) -> Any:
+    """A new object of a configuration, or one loaded from its ``pretrained`` folder.
+
+    Args:
+        model: what to build.
+        accepted: class names for this place.
+        field: the place, named in errors.
+
+    Raises:
+        ConfigError: the class is not accepted, or its configuration is refused.
+        CheckpointError: ``pretrained`` cannot be loaded.
+    """
+    kind: Any = resolve_class(model.class_name, accepted, field)
+    try:
+        if model.pretrained is not None:
+            return kind.from_pretrained(model.pretrained, **model.config)
+        return kind.from_config(model.config)
+    except ConfigError as error:
+        raise ConfigError(f"{field}.config: {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ConfigError(f"{field}.config: a value has the wrong type ({error})") from None
+
+
+def load_first_stage(folder: str | Path, subfolder: str | None = None) -> Any:
+    """The autoencoder of a folder, of the class that its config names.
+
+    Raises:
+        CheckpointError: the folder or its weights are missing or damaged.
+        ConfigError: the config names no first stage.
+    """
+    path = Path(folder, subfolder or "", "config.json")
+    config = read_json(path)
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if name not in FIRST_STAGES:
+        raise ConfigError(
+            f"{path}: expected _class_name {' or '.join(FIRST_STAGES)}, got {name!r}"
+        )
+    kind: Any = resolve_class(name, FIRST_STAGES, "first_stage")
+    return kind.from_pretrained(folder, subfolder=subfolder)
