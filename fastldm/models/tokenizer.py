@@ -53,14 +53,15 @@ class CaptionTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, max_length: int = 77) -> None:
+        pad_token_id = tokenizer.token_to_id(PAD)
         missing = [token for token in _SPECIAL_TOKENS if tokenizer.token_to_id(token) is None]
-        if missing:
+        if missing or pad_token_id is None:
             raise ConfigError(f"tokenizer: has no special token {', '.join(missing)}")
         if not isinstance(max_length, int) or max_length < len((CLS, SEP)) + 1:
             raise ConfigError(f"max_length: got {max_length!r}; accepted: an integer of at least 3")
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.pad_token_id: int = tokenizer.token_to_id(PAD)
+        self.pad_token_id = pad_token_id
 
     @property
     def model_max_length(self) -> int:
@@ -210,7 +211,7 @@ def train_tokenizer(
     }
     if model == "wordpiece":
         tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-        trainer = WordPieceTrainer(**options)
+        trainer: Any = WordPieceTrainer(**options)
         tokenizer.decoder = decoders.WordPiece()
     elif model == "bpe":
         tokenizer = Tokenizer(models.BPE(unk_token=UNK, end_of_word_suffix="</w>"))
