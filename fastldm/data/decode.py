@@ -93,9 +93,7 @@ def _stream_size(stream: BinaryIO) -> tuple[int, int]:
             height, width = page.imagelength, page.imagewidth
             turned = _tiff_orientation(page) >= 5
     else:
-        from PIL import Image
-
-        with Image.open(stream) as image:
+        with _open_pil(stream) as image:
             width, height = image.size
             # getexif would decode a whole PNG in search of a tag behind its pixels.
             known = image.format != "PNG" or "exif" in image.info
@@ -136,9 +134,9 @@ def _as_supported(array: np.ndarray) -> np.ndarray:
 
 
 def _decode_pil(stream: BinaryIO) -> _Decoded:
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with Image.open(stream) as opened:
+    with _open_pil(stream) as opened:
         image: Any = ImageOps.exif_transpose(opened)
     if image.mode in ("P", "PA", "RGBa", "La") or "transparency" in image.info:
         grey = image.mode in ("1", "L", "La") or image.mode.startswith("I")
@@ -149,6 +147,15 @@ def _decode_pil(stream: BinaryIO) -> _Decoded:
     elif image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "RGBX"):
         image = image.convert("RGB")
     return _Decoded(_as_supported(np.asarray(image)), alpha=image.mode in ("LA", "RGBA"))
+
+
+def _open_pil(stream: BinaryIO) -> Any:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        return Image.open(stream)
+    except UnidentifiedImageError:
+        raise ValueError("not an image of a known format") from None
 
 
 def _decode_png16(data: bytes) -> _Decoded:

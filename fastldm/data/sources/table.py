@@ -144,6 +144,7 @@ def image_source(value: Any) -> ImageSource:
     """Bytes, path or array of an image cell.
 
     Raises:
+        ValueError: the cell is empty.
         DataError: the cell holds something else.
     """
     if isinstance(value, dict) and ("bytes" in value or "path" in value):
@@ -152,6 +153,8 @@ def image_source(value: Any) -> ImageSource:
         value = np.asarray(value)
     if isinstance(value, bytes | str | np.ndarray):
         return value
+    if value is None:
+        raise ValueError("there is no image")
     raise DataError(f"expected an encoded image, a path or an array, got {type(value).__name__}")
 
 
