@@ -1,0 +1,144 @@
+"""Which backend serves a call: predicates over device, dtype and shape, and nothing else.
+
+A predicate takes the functional's own arguments and gives the reason why its backend cannot serve
+them, or None. Everything here can be traced by torch.compile: the choice is made while tracing,
+and the compiled code is guarded by what it depended on.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import BackendUnavailableError, ConfigError
+from fastldm.ops import _extension
+
+OPERATORS = ("group_norm_silu", "cross_attention", "vector_quantize", "ddim_step", "ddpm_step")
+BACKENDS = ("triton", "cpp", "reference")
+"""In the order in which "auto" tries them."""
+
+_REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_logger = logging.getLogger("fastldm.ops")
+_reported: set[tuple[str, str, str]] = set()
+_requested: ContextVar[str] = ContextVar("fastldm_backend", default="auto")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Choose the backend of every operator called inside the ``with`` block.
+
+    The choice holds for this thread or asyncio task. Enter the block outside a function that is
+    compiled by torch.compile; the function is compiled again for each choice.
+
+    Args:
+        name: ``"auto"`` (the fastest that can serve each call), ``"triton"``, ``"cpp"`` or
+            ``"reference"``. One asked for by name serves every call or raises
+            `BackendUnavailableError`.
+
+    Raises:
+        ConfigError: there is no backend of this name.
+    """
+    if name not in ("auto", *BACKENDS):
+        raise ConfigError(f"backend: got {name!r}; accepted: 'auto', {_listed(BACKENDS)}")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
+    """Say which backend would serve a call here and now, and why the others would not.
+
+    Args:
+        op_name: name of an operator, such as ``"group_norm_silu"``.
+        args, kwargs: the arguments of the call; their values are not read.
+
+    Returns:
+        A line for each backend.
+
+    Raises:
+        ConfigError: there is no such operator.
+    """
+    if op_name not in OPERATORS:
+        raise ConfigError(f"op_name: got {op_name!r}; accepted: {_listed(OPERATORS)}")
+    requested = _requested.get()
+    reasons = {name: why_not(op_name, name, *args, **kwargs) for name in BACKENDS}
+    able = [name for name in BACKENDS if reasons[name] is None and requested in ("auto", name)]
+    served = f"served by {able[0]}" if able else "not served, it would raise"
+    lines = [f"{op_name}: {served} (asked for: {requested})"]
+    for name, reason in reasons.items():
+        lines.append(f"  {name}: {'can serve' if reason is None else reason}")
+    return "\n".join(lines)
+
+
+def choose(op_name: str, *args: Any, **kwargs: Any) -> str:
+    """The backend that serves this call.
+
+    Raises:
+        BackendUnavailableError: the backend asked for by name cannot; the message says why.
+    """
+    requested = _requested.get()
+    if requested == "auto":
+        for name in BACKENDS:
+            reason = why_not(op_name, name, *args, **kwargs)
+            if reason is None:
+                return name
+            _report_once(op_name, name, reason)
+    reason = why_not(op_name, requested, *args, **kwargs)
+    if reason is not None:
+        raise BackendUnavailableError(
+            f"backend {requested!r} cannot serve {op_name}: {reason}; "
+            "use backend('auto') to let another one serve it"
+        )
+    return requested
+
+
+def why_not(op_name: str, name: str, *args: Any, **kwargs: Any) -> str | None:
+    """Why the backend `name` cannot serve a call; None where it can."""
+    if name == "reference":
+        return None
+    predicate = _PREDICATES.get((op_name, name))
+    if predicate is None:
+        return f"there is no {name} kernel for {op_name}"
+    return predicate(*args, **kwargs)
+
+
+def _vector_quantize_cpp(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> str | None:
+    if z.device.type != "cpu":
+        return f"it serves CPU tensors, z is on {z.device}"
+    if z.dtype not in _REAL_DTYPES or codebook.dtype not in _REAL_DTYPES:
+        return f"no kernel for z of {z.dtype} and a codebook of {codebook.dtype}"
+    return extension_problem()
+
+
+@torch.compiler.assume_constant_result
+def extension_problem() -> str | None:
+    """`_extension.problem`, whose import of a library torch.compile could not trace."""
+    return _extension.problem()
+
+
+# Not functools.cache: torch.compile would look through it and trace the function itself.
+@torch.compiler.assume_constant_result
+def _report_once(op_name: str, name: str, reason: str) -> None:
+    if (op_name, name, reason) in _reported:
+        return
+    _reported.add((op_name, name, reason))
+    # No kernel written yet is no news; an extension that should be there is.
+    level = logging.WARNING if reason == _extension.problem() else logging.INFO
+    _logger.log(level, "%s is not served by the %s backend: %s", op_name, name, reason)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+_PREDICATES: dict[tuple[str, str], Callable[..., str | None]] = {
+    ("vector_quantize", "cpp"): _vector_quantize_cpp,
+}

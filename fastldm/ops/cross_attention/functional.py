@@ -1,0 +1,110 @@
+"""`cross_attention`: checks, dispatch, autograd and documentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import ConfigError
+from fastldm.ops import _checks, _dispatch
+from fastldm.ops.cross_attention import reference
+
+
+def cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+) -> Tensor:
+    """Attention (1706.03762, eq. 1) from many queries to few keys, as from pixels to a caption.
+
+    ``softmax(scale·q·kᵀ)·v`` for each sample and head. Sums and the softmax are in float32
+    (float64 for float64). Under autocast, operands that are not float64 are cast to its dtype, as
+    by torch's scaled_dot_product_attention. Differentiable to any order in q, k and v; the
+    backward of the reference backend takes memory for B·H·Lq·Lk scores.
+
+    Args:
+        q: [B, Lq, H, D], floating, any strides.
+        k, v: [B, Lk, H, D], dtype of `q`, Lk ≥ 1.
+        scale: of the scores, D^−½ if None.
+        key_mask: [B, Lk] bool, True = attend. A sample without any key to attend to gives 0.
+
+    Returns:
+        [B, Lq, H, D], contiguous.
+
+    Raises:
+        ConfigError: an argument has a shape, dtype or device that is not accepted.
+        BackendUnavailableError: the backend asked for by name cannot serve this call.
+    """
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
+    _check(q, k, v, key_mask)
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    backend = _dispatch.choose("cross_attention", q, k, v, key_mask=key_mask)
+    if backend == "reference" and torch.compiler.is_compiling():
+        # The compiler knows scaled_dot_product_attention and its backward; a raw operator it does
+        # not, so it could not choose the memory formats of what surrounds it.
+        return reference.cross_attention_fwd(q, k, v, factor, key_mask)
+    result: Tensor = _CrossAttention.apply(q, k, v, factor, key_mask, backend)
+    return result
+
+
+class _CrossAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        key_mask: Tensor | None,
+        backend: str,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, key_mask)
+        ctx.scale, ctx.backend = scale, backend
+        result: Tensor = torch.ops.fastldm.cross_attention_fwd(
+            q, k, v, scale, key_mask, backend=backend
+        )
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, key_mask = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # For create_graph=True: the formula is differentiable, a kernel is not.
+            found = reference.cross_attention_bwd(*grads, q, k, v, ctx.scale, key_mask)
+        else:
+            found = torch.ops.fastldm.cross_attention_bwd(
+                *grads, q, k, v, ctx.scale, key_mask, backend=ctx.backend
+            )
+        return (*found, None, None, None)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
+    if q.ndim != 4 or not q.is_floating_point():
+        raise ConfigError(
+            f"q: got {_checks.describe(q)}; accepted: a floating tensor [B, Lq, H, D]"
+        )
+    batch, _, heads, width = q.shape
+    for name, value in (("k", k), ("v", v)):
+        if value.ndim != 4 or value.shape[1] == 0:
+            raise ConfigError(
+                f"{name}: got {_checks.describe(value)}; accepted: [B, Lk, H, D] with Lk of 1 or more"
+            )
+        _checks.shape_and_device(name, value, (batch, k.shape[1], heads, width), "[B, Lk, H, D]", q)
+        if value.dtype != q.dtype:
+            raise ConfigError(f"{name}: got {value.dtype}; accepted: {q.dtype}, the dtype of q")
+    if key_mask is None:
+        return
+    if key_mask.dtype != torch.bool or tuple(key_mask.shape) != (batch, k.shape[1]):
+        raise ConfigError(
+            f"key_mask: got {_checks.describe(key_mask)}; "
+            f"accepted: torch.bool of shape {[batch, k.shape[1]]} ([B, Lk]), True = attend"
+        )
+    if key_mask.device != q.device:
+        raise ConfigError(f"key_mask: got a tensor on {key_mask.device}; accepted: {q.device}")

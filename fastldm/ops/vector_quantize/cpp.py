@@ -1,0 +1,46 @@
+"""The C++ backend of the nearest-codebook lookup; its code is in csrc/vector_quantize."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastldm.errors import NonFiniteLossError
+from fastldm.ops._extension import extension
+from fastldm.ops._schema import compute_dtype
+from fastldm.ops.vector_quantize.reference import NAN_MESSAGE
+
+
+def vector_quantize_fwd(
+    z: Tensor, codebook: Tensor, channel_dim: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As the reference's; z is read and z_q written in place, whatever the strides."""
+    if codebook.isnan().any():
+        raise NonFiniteLossError(NAN_MESSAGE.format("codebook"))
+    table = codebook.to(compute_dtype(z, codebook)).contiguous()
+    z_q, indices, loss, has_nan = extension().vector_quantize_fwd(z, table, channel_dim)
+    if has_nan:
+        raise NonFiniteLossError(NAN_MESSAGE.format("z"))
+    return z_q, indices, loss
+
+
+def vector_quantize_bwd(
+    grad_z_q: Tensor,
+    grad_codebook_loss: Tensor,
+    grad_commitment_loss: Tensor,
+    z: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    channel_dim: int,
+) -> tuple[Tensor, Tensor]:
+    """As the reference's; the sum of each code is taken in the order of the latents."""
+    table = codebook.to(compute_dtype(z, codebook)).contiguous()
+    grad_z, grad_codebook = extension().vector_quantize_bwd(
+        grad_z_q,
+        float(grad_codebook_loss),
+        float(grad_commitment_loss),
+        z,
+        table,
+        indices,
+        channel_dim,
+    )
+    return grad_z, grad_codebook.to(codebook.dtype)

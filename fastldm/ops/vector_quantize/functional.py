@@ -1,0 +1,115 @@
+"""`vector_quantize`: checks, dispatch, autograd and documentation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastldm.errors import ConfigError
+from fastldm.ops import _checks, _dispatch
+from fastldm.ops.vector_quantize import reference
+
+
+class VectorQuantizeOutput(NamedTuple):
+    """What `vector_quantize` gives."""
+
+    z_q: Tensor
+    """The chosen codes, in the shape, dtype and layout of z; its gradient passes on to z."""
+    indices: Tensor
+    """Their indices, int64, the shape of z without the channel dimension."""
+    codebook_loss: Tensor
+    """mean((sg[z] − e)²), a scalar: pulls the codes to the latents."""
+    commitment_loss: Tensor
+    """mean((z − sg[e])²), the same value: pulls the latents to their codes."""
+
+
+def vector_quantize(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> VectorQuantizeOutput:
+    """Replace each latent vector by its nearest codebook entry (VQ-VAE, 1711.00937, eq. 1–3).
+
+    The nearest entry is that of the smallest squared distance, computed as a sum of squared
+    differences in float32 (float64 where an operand is float64), also under autocast, which has no
+    effect here; the lowest index wins a tie. z_q is exactly the entry, rounded to the dtype of z.
+    Memory is O(N + K·D) beside the inputs. Differentiable to any order:
+
+    - z gets the gradient of z_q unchanged (straight-through) and that of `commitment_loss`;
+    - the codebook gets that of `codebook_loss`, summed over each code in a fixed order.
+
+    The losses carry no weight: VQ-VAE's β, and where CompVis puts it, is the caller's.
+
+    Args:
+        z: [B, D, *spatial], or any shape with D at `channel_dim`; floating, any strides.
+        codebook: [K, D], K ≥ 1, floating.
+        channel_dim: which dimension of `z` holds D; may be negative.
+
+    Returns:
+        `VectorQuantizeOutput`; the losses are float32, or float64 where an operand is, and NaN for
+        a z without elements, as every mean of nothing.
+
+    Raises:
+        ConfigError: an argument has a shape, dtype, device or value that is not accepted.
+        NonFiniteLossError: z or the codebook holds NaN (not found while a CUDA graph is captured;
+            there such a latent gets index 0 and makes both losses NaN).
+        BackendUnavailableError: the backend asked for by name cannot serve this call.
+    """
+    dim = _check(z, codebook, channel_dim)
+    backend = _dispatch.choose("vector_quantize", z, codebook, channel_dim=dim)
+    # Traced, the reference's search would become a matrix of N·K distances or an unrolled loop, so
+    # it stays behind the raw operator when compiled, too.
+    return VectorQuantizeOutput(*_VectorQuantize.apply(z, codebook, dim, backend))
+
+
+class _VectorQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, codebook: Tensor, channel_dim: int, backend: str
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        z_q, indices, loss = torch.ops.fastldm.vector_quantize_fwd(
+            z, codebook, channel_dim, backend=backend
+        )
+        ctx.save_for_backward(z, codebook, indices)
+        ctx.mark_non_differentiable(indices)
+        ctx.channel_dim, ctx.backend = channel_dim, backend
+        return z_q, indices, loss, loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_z_q, _, grad_codebook_loss, grad_commitment_loss = grads
+        arguments = (
+            grad_z_q, grad_codebook_loss, grad_commitment_loss, *ctx.saved_tensors, ctx.channel_dim
+        )  # fmt: skip
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # For create_graph=True: the formula is differentiable, a kernel is not.
+            grad_z, grad_codebook = reference.vector_quantize_bwd(*arguments)
+        else:
+            grad_z, grad_codebook = torch.ops.fastldm.vector_quantize_bwd(
+                *arguments, backend=ctx.backend
+            )
+        need_z, need_codebook, *_ = ctx.needs_input_grad
+        return grad_z if need_z else None, grad_codebook if need_codebook else None, None, None
+
+
+def _check(z: Tensor, codebook: Tensor, channel_dim: int) -> int:
+    """The channel dimension counted from the front; ConfigError for what is not accepted."""
+    if codebook.ndim != 2 or 0 in codebook.shape or not codebook.is_floating_point():
+        raise ConfigError(
+            f"codebook: got {_checks.describe(codebook)}; "
+            "accepted: a floating tensor [K, D] with K and D of 1 or more"
+        )
+    if z.ndim == 0 or not z.is_floating_point() or z.device != codebook.device:
+        raise ConfigError(
+            f"z: got {_checks.describe(z)}; "
+            f"accepted: a floating tensor [B, D, *spatial] on {codebook.device}"
+        )
+    if not -z.ndim <= channel_dim < z.ndim:
+        raise ConfigError(
+            f"channel_dim: got {channel_dim}; accepted: -{z.ndim} to {z.ndim - 1} for this z"
+        )
+    dim = channel_dim % z.ndim
+    if z.shape[dim] != codebook.shape[1]:
+        raise ConfigError(
+            f"z: got {z.shape[dim]} channels in dimension {dim}; "
+            f"accepted: {codebook.shape[1]}, the width D of the codebook's entries"
+        )
+    return dim
