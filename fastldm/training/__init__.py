@@ -7,15 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastldm.training.autoencoder import train_autoencoder
-    from fastldm.training.config import AutoencoderTrainingConfig, ModelConfig
+    from fastldm.training.config import (
+        AutoencoderTrainingConfig,
+        LatentDiffusionTrainingConfig,
+        ModelConfig,
+    )
+    from fastldm.training.latent_cache import LatentCache, encode_dataset
+    from fastldm.training.latent_diffusion import train_latent_diffusion
 
 _MODULE_OF = {
     "AutoencoderTrainingConfig": "config",
+    "LatentCache": "latent_cache",
+    "LatentDiffusionTrainingConfig": "config",
     "ModelConfig": "config",
+    "encode_dataset": "latent_cache",
     "train_autoencoder": "autoencoder",
+    "train_latent_diffusion": "latent_diffusion",
 }
 
-__all__ = ["AutoencoderTrainingConfig", "ModelConfig", "train_autoencoder"]
+__all__ = [
+    "AutoencoderTrainingConfig",
+    "LatentCache",
+    "LatentDiffusionTrainingConfig",
+    "ModelConfig",
+    "encode_dataset",
+    "train_autoencoder",
+    "train_latent_diffusion",
+]
 
 
 def __getattr__(name: str) -> Any:

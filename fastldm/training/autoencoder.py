@@ -24,6 +24,7 @@ from fastldm.training.checkpointing import CheckpointReader, CheckpointWriter, f
 from fastldm.training.config import AutoencoderTrainingConfig, ModelConfig
 from fastldm.training.ema import ExponentialMovingAverage
 from fastldm.training.environment import Environment
+from fastldm.training.latent_source import check_resolution
 from fastldm.training.logging import MeanOfLogs
 from fastldm.training.loop import run_training
 from fastldm.training.noise import Stream, generators
@@ -64,9 +65,7 @@ def train_autoencoder(config: AutoencoderTrainingConfig) -> Path:
 class _Generator(nn.Module):
     """Autoencoder and loss in one forward pass, so that DDP sees every trainable parameter."""
 
-    def __init__(
-        self, model: Autoencoder, loss: FirstStageLoss, environment: Environment
-    ) -> None:
+    def __init__(self, model: Autoencoder, loss: FirstStageLoss, environment: Environment) -> None:
         super().__init__()
         self.model = model
         self.loss = loss
@@ -263,17 +262,11 @@ class AutoencoderTrainer:
 
 
 def _check_fit(model: Autoencoder, config: AutoencoderTrainingConfig) -> None:
-    f, resolution = model.downsampling_factor, config.data.resolution
-    if resolution % f:
+    check_resolution(config.data, model)
+    if model.config["out_channels"] != config.data.channels:
         raise ConfigError(
-            f"data.resolution: {resolution} is not a multiple of f = {f}, the downsampling factor "
-            f"of the autoencoder; nearest: {max(f, resolution // f * f)} or {-(-resolution // f) * f}"
+            f"model.config.out_channels: {model.config['out_channels']}, but data.channels is "
+            f"{config.data.channels}"
         )
-    for name in ("in_channels", "out_channels"):
-        if model.config[name] != config.data.channels:
-            raise ConfigError(
-                f"data.channels is {config.data.channels} but model.config.{name} is "
-                f"{model.config[name]}"
-            )
     if model.config.get("lookup_from_codebook"):
         raise ConfigError("model.config.lookup_from_codebook: train without it, set it afterwards")

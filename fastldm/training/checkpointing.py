@@ -93,6 +93,10 @@ class CheckpointWriter:
         """Store the parameters and buffers of a module; nothing if it has none."""
         save_weights(module.state_dict(), self.folder / f"{name}.safetensors")
 
+    def json(self, name: str, value: Any) -> None:
+        """Store a JSON value; floats keep every bit."""
+        write_json(self.folder / f"{name}.json", value)
+
     def tensors(self, name: str, value: Any) -> None:
         """Store plain containers of tensors and numbers."""
         torch.save(value, self.folder / f"{name}.pt")
@@ -132,6 +136,14 @@ class CheckpointReader:
         check_state_dict(weights, module.state_dict(), str(path))
         module.load_state_dict(weights)
 
+    def json(self, name: str) -> Any:
+        """A JSON value.
+
+        Raises:
+            CheckpointError: the file is missing or damaged.
+        """
+        return read_json(self.folder / f"{name}.json")
+
     def tensors(self, name: str) -> Any:
         """Plain containers of tensors and numbers, read without running code.
 
@@ -141,7 +153,7 @@ class CheckpointReader:
         path = self.folder / f"{name}.pt"
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # noqa: BLE001 - torch.load raises many types on a damaged file
+        except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CheckpointError(
                 f"{path}: refused: damaged, or more than tensors ({reason})"

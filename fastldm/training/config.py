@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from fastldm.data.config import DataConfig
 from fastldm.errors import ConfigError
+from fastldm.losses.diffusion import DiffusionLossConfig
 from fastldm.losses.first_stage_config import FirstStageLossConfig
 from fastldm.storage import atomic_file
 
@@ -146,6 +147,90 @@ class AutoencoderTrainingConfig(TrainingConfig):
     """Peak learning rate of the discriminator; by default ``learning_rate``."""
     adam_betas: tuple[float, float] = (0.5, 0.9)
     """Decay of Adam's two moments."""
+
+
+@dataclass
+class TokenizerConfig:
+    """The tokenizer that is learned from the captions, or one to load."""
+
+    vocab_size: int = 30522
+    """The most tokens to learn; few captions give fewer."""
+    model: Literal["wordpiece", "bpe"] = "wordpiece"
+    """WordPiece as BERT's, or byte-pair encoding."""
+    lowercase: bool = True
+    """Ignore case and accents."""
+    pretrained: str | None = None
+    """Folder of a tokenizer to use as it is."""
+
+
+@dataclass
+class SamplingConfig:
+    """How pictures are drawn during training."""
+
+    num_inference_steps: int = 50
+    """Steps of the sampler."""
+    guidance_scale: float = 1.0
+    """Classifier-free guidance; 1 is none."""
+    eta: float = 0.0
+    """η of DDIM."""
+
+
+@dataclass(kw_only=True)
+class LatentDiffusionTrainingConfig(TrainingConfig):
+    """Training of the diffusion model on the latents of a trained first stage.
+
+    Sizes that follow from other parts are filled in where a model's config leaves them out: the
+    UNet's channels, sample size and context width, the text encoder's vocabulary and the number
+    of classes.
+    """
+
+    first_stage: str
+    """Folder of the trained autoencoder."""
+    unet: ModelConfig
+    """``UNet2DModel`` or ``UNet2DConditionModel``."""
+    data: DataConfig | None = None
+    """Images; needed unless `latent_cache` exists."""
+    latent_cache: str | None = None
+    """Folder of latents from ``fastldm encode``; made when it is missing. None encodes the images
+    of every step."""
+    cache_flips: bool = False
+    """When the cache is made: also encode every image mirrored, and train on either at random."""
+    scheduler: ModelConfig = field(
+        default_factory=lambda: ModelConfig(
+            "DDIMScheduler",
+            {
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.0015,
+                "beta_end": 0.0195,
+                "clip_sample": False,
+                "set_alpha_to_one": False,
+                "steps_offset": 1,
+            },
+        )
+    )
+    """The noise schedule, and the sampler that is saved with the model."""
+    conditioning: Literal["none", "crossattn", "concat", "hybrid", "class"] = "none"
+    """How the UNet is conditioned; see `fastldm.LatentDiffusion`."""
+    conditioner: ModelConfig | None = None
+    """``TextEncoder`` or ``ClassEmbedder``, trained together with the UNet."""
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    """For a text encoder."""
+    conditioning_dropout: float = 0.0
+    """Share of the samples trained without condition, for guidance."""
+    scaling: Literal["first_batch", "per_channel", "first_stage"] = "first_batch"
+    """Latents are divided by the standard deviation of the first batch (paper, appendix G);
+    normalised channel by channel over the cache; or scaled as the first stage's config says."""
+    loss: DiffusionLossConfig = field(default_factory=DiffusionLossConfig)
+    """Terms and weights of the loss."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """For the grids."""
+    ema_decay: float | None = 0.9999
+    """Decay of the moving average of UNet and conditioner; None keeps none."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is None and self.latent_cache is None:
+            raise ConfigError("data, latent_cache: give at least one of them")
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -40,7 +40,9 @@ class MetricsLogger:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a step."""
-        plain = {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
+        plain = {
+            name: value if math.isfinite(value) else str(value) for name, value in values.items()
+        }
         self._file.write(json.dumps({"step": step, **plain}) + "\n")
         self._file.flush()
         if self._events is not None:

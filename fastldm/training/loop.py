@@ -93,9 +93,7 @@ def run_training(
 
 
 class _Run:
-    def __init__(
-        self, trainer: Trainer, config: TrainingConfig, environment: Environment
-    ) -> None:
+    def __init__(self, trainer: Trainer, config: TrainingConfig, environment: Environment) -> None:
         self.trainer = trainer
         self.config = config
         self.environment = environment
@@ -124,7 +122,9 @@ class _Run:
             return self._finish(metrics)
         except NonFiniteLossError as error:
             kept = list_checkpoints(self.output_dir)
-            good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written"
+            good = (
+                f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written"
+            )
             raise NonFiniteLossError(f"{error}; {good}") from None
         finally:
             bar.close()
@@ -140,9 +140,7 @@ class _Run:
             progress = budget.progress(elapsed)
             if interrupted:
                 self._checkpoint()
-                raise Interrupted(
-                    f"interrupted at step {budget.step}; go on with resume: latest"
-                )
+                raise Interrupted(f"interrupted at step {budget.step}; go on with resume: latest")
             if progress >= 1.0:
                 return
             self.means.add(self.trainer.train_step(budget.step, progress))

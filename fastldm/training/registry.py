@@ -70,8 +70,6 @@ def load_first_stage(folder: str | Path, subfolder: str | None = None) -> Any:
     config = read_json(path)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in FIRST_STAGES:
-        raise ConfigError(
-            f"{path}: expected _class_name {' or '.join(FIRST_STAGES)}, got {name!r}"
-        )
+        raise ConfigError(f"{path}: expected _class_name {' or '.join(FIRST_STAGES)}, got {name!r}")
     kind: Any = resolve_class(name, FIRST_STAGES, "first_stage")
     return kind.from_pretrained(folder, subfolder=subfolder)

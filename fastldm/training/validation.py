@@ -31,7 +31,9 @@ def fixed_items(config: DataConfig, count: int, split: str | None = None) -> dic
         try:
             dataset = load_images(quiet, split="test", augment=False)
         except DataError:
-            logger.warning("no images are held out (data.holdout_fraction): measuring on training images")
+            logger.warning(
+                "data.holdout_fraction: nothing is held out; measuring on training images"
+            )
             dataset = load_images(quiet, split="train", augment=False)
     else:
         dataset = load_images(quiet, split="test" if split == "test" else "train", augment=False)
@@ -56,9 +58,7 @@ class HeldOutImages:
         if environment.is_main:
             self.images = fixed_items(config, count)["pixel_values"]
 
-    def measure(
-        self, reconstruct: Callable[[Tensor], Tensor], batch_size: int
-    ) -> dict[str, float]:
+    def measure(self, reconstruct: Callable[[Tensor], Tensor], batch_size: int) -> dict[str, float]:
         """``val_psnr`` in dB and ``val_l1``, means over the images.
 
         Args:
