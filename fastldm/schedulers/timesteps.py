@@ -35,6 +35,7 @@ def spaced_timesteps(
         ConfigError: `num_inference_steps` is not an integer from 1 to T.
     """
     steps, total = _step_count(num_inference_steps, num_train_timesteps), num_train_timesteps
+    values: np.ndarray
     if timestep_spacing == "linspace":
         values = np.linspace(0, total - 1, steps).round()[::-1]
     elif timestep_spacing == "leading":

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
+from fastldm.ops._dispatch import choose
 from fastldm.ops.diffusion_step import reference
 from fastldm.ops.diffusion_step.coefficients import (
     LEARNED_VARIANCE_TYPES,
@@ -98,11 +101,18 @@ def ddim_step(
             "noise": noise,
         },
     )  # fmt: skip
-    seed, offset = _philox_state(sample, seed, offset)
-    tensors = (sample, model_output, coefficients, threshold, model_output_uncond, noise)
+    seeds, position = _philox_state(sample, seed, offset)
     scale, scales = _split_scale(guidance_scale)
-    wants_gradient = _needs_grad(*tensors, guidance_scale)
-    step = reference.ddim_step if wants_gradient else torch.ops.fastldm.ddim_step_fwd
+    step = _implementation(
+        "ddim_step",
+        sample,
+        model_output,
+        coefficients,
+        threshold=threshold,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale,
+        noise=noise,
+    )
     return DiffusionStepOutput(
         *step(
             sample,
@@ -117,8 +127,8 @@ def ddim_step(
             guidance_scales=scales,
             guidance_rescale=guidance_rescale,
             noise=noise,
-            seed=seed,
-            offset=offset,
+            seed=seeds,
+            offset=position,
         )
     )
 
@@ -191,11 +201,19 @@ def ddpm_step(
     adds_noise = noise is not None or seed is not None
     if variance_type in LEARNED_VARIANCE_TYPES and adds_noise and predicted_variance is None:
         raise ConfigError(f"predicted_variance: needed with variance_type {variance_type!r}")
-    seed, offset = _philox_state(sample, seed, offset)
-    tensors = (sample, model_output, coefficients, threshold, predicted_variance)
+    seeds, position = _philox_state(sample, seed, offset)
     scale, scales = _split_scale(guidance_scale)
-    wants_gradient = _needs_grad(*tensors, model_output_uncond, noise, guidance_scale)
-    step = reference.ddpm_step if wants_gradient else torch.ops.fastldm.ddpm_step_fwd
+    step = _implementation(
+        "ddpm_step",
+        sample,
+        model_output,
+        coefficients,
+        threshold=threshold,
+        predicted_variance=predicted_variance,
+        model_output_uncond=model_output_uncond,
+        guidance_scale=guidance_scale,
+        noise=noise,
+    )
     return DiffusionStepOutput(
         *step(
             sample,
@@ -211,8 +229,8 @@ def ddpm_step(
             guidance_scales=scales,
             guidance_rescale=guidance_rescale,
             noise=noise,
-            seed=seed,
-            offset=offset,
+            seed=seeds,
+            offset=position,
         )
     )
 
@@ -271,9 +289,21 @@ def dynamic_threshold(original: Tensor, ratio: float = 0.995, max_value: float =
     return quantile.clamp(min=1, max=max_value)
 
 
-def _needs_grad(*values: object) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad for value in values
+def _implementation(op_name: str, *operands: Tensor, **options: Any) -> Callable[..., Any]:
+    """What computes a step: a backend's raw operator, or the reference where autograd must see it.
+
+    Raises:
+        BackendUnavailableError: the backend asked for by name cannot serve the call.
+    """
+    backend = choose(op_name, *operands, **options)
+    if torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad
+        for value in (*operands, *options.values())
+    ):
+        return reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
+    raw = torch.ops.fastldm
+    return partial(
+        raw.ddim_step_fwd if op_name == "ddim_step" else raw.ddpm_step_fwd, backend=backend
     )
 
 

@@ -6,6 +6,7 @@ Half precisions are computed in float32, float64 in float64. Every function is d
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -211,6 +212,18 @@ def ddpm_step(
             sigma = sigma * (0.5 * (fraction * log_max + (1 - fraction) * log_min)).exp()
         previous = previous + sigma * noise
     return previous.to(sample.dtype), original.to(sample.dtype)
+
+
+def ddim_step_fwd(sample: Tensor, *operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`ddim_step` into memory of its own, in the layout of `sample`, as a raw operator must."""
+    previous, original = ddim_step(sample, *operands, **options)
+    return torch.empty_like(sample).copy_(previous), torch.empty_like(sample).copy_(original)
+
+
+def ddpm_step_fwd(sample: Tensor, *operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`ddpm_step` into memory of its own, in the layout of `sample`, as a raw operator must."""
+    previous, original = ddpm_step(sample, *operands, **options)
+    return torch.empty_like(sample).copy_(previous), torch.empty_like(sample).copy_(original)
 
 
 def original_sample(

@@ -372,7 +372,8 @@ def test_raw_operator_keeps_its_contract(op):
             "prediction_type": "epsilon", "clip_range": 1.0, "threshold": None,
             "model_output_uncond": tensors["noise"], "guidance_scale": 2.0,
             "guidance_scales": None, "guidance_rescale": 0.5, "noise": None,
-            "seed": torch.tensor([3]), "offset": torch.tensor(1), **specific,
+            "seed": torch.tensor([3]), "offset": torch.tensor(1),
+            "backend": "reference", **specific,
         },
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )  # fmt: skip
