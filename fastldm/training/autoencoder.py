@@ -118,9 +118,9 @@ class AutoencoderTrainer:
         set_seed(config.seed)
         self.config = config
         self.environment = environment
-        self.loss = FirstStageLoss(config.loss).to(environment.device)
         self.model: Autoencoder = build(config.model, FIRST_STAGES, "model")
         _check_fit(self.model, config)
+        self.loss = FirstStageLoss(config.loss).to(environment.device)
         self.model.train().to(environment.device)
         if config.gradient_checkpointing:
             self.model.enable_gradient_checkpointing()

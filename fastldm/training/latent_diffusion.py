@@ -18,6 +18,7 @@ from fastldm.data import image_grid
 from fastldm.errors import NonFiniteLossError
 from fastldm.latent_diffusion import LatentDiffusion, LatentScale
 from fastldm.models import CaptionTokenizer
+from fastldm.storage import write_json
 from fastldm.training.assembly import (
     build_diffusion,
     build_tokenizer,
@@ -321,6 +322,8 @@ class LatentDiffusionTrainer:
     def export(self, folder: Path) -> None:
         """Write both stages as a diffusers-style folder, with averaged weights."""
         self.diffusion.save_pretrained(folder, **self._averaged())
+        if self.source.class_names is not None and self.config.conditioning != "none":
+            write_json(folder / "class_names.json", self.source.class_names)
 
     def _modules(self) -> dict[str, nn.Module]:
         modules: dict[str, Any] = {"model": self.trained, "ema": self.ema}

@@ -144,9 +144,7 @@ def _open_cache(
     folder = Path(str(config.latent_cache))
     if not folder.exists():
         if config.data is None:
-            raise DataError(
-                f"latent_cache: {folder} does not exist and no data is given"
-            )
+            raise DataError(f"latent_cache: {folder} does not exist and no data is given")
         if environment.num_processes > 1:
             raise ConfigError(
                 f"latent_cache: {folder} does not exist; make it with `fastldm encode` before "

@@ -121,6 +121,7 @@ class ProgressBar:
         self._bar = tqdm(
             total=1.0,
             desc=description,
+            unit="",
             disable=not enabled,
             bar_format="{desc} {percentage:3.0f}%|{bar}| {unit}",
             mininterval=0.5 if interactive else 15.0,

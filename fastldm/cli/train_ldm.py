@@ -1,0 +1,21 @@
+"""``fastldm train-ldm``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastldm.cli.parsing import parse_config
+from fastldm.training.config import LatentDiffusionTrainingConfig
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Train a second stage."""
+    config = parse_config(
+        LatentDiffusionTrainingConfig,
+        arguments,
+        "train-ldm",
+        "Train a diffusion model on the latents of a first stage.",
+    )
+    from fastldm.training.latent_diffusion import train_latent_diffusion
+
+    print(train_latent_diffusion(config))
