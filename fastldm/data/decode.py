@@ -245,14 +245,21 @@ def _on_white(
     array: np.ndarray, premultiplied: bool, value_range: tuple[float, float]
 ) -> np.ndarray:
     """Composite the last channel as alpha on white, rounding integers to the nearest."""
-    integer = array.dtype.kind == "u"
-    black, white = (0.0, float(np.iinfo(array.dtype).max)) if integer else value_range
-    values = (array.astype(np.float64) - black) / (white - black)
-    colour, alpha = values[..., :-1], values[..., -1:]
-    result = black + (white - black) * ((colour if premultiplied else colour * alpha) + 1 - alpha)
-    if not integer:
+    colour, alpha = array[..., :-1], array[..., -1:]
+    if array.dtype.kind == "f":
+        black, white = value_range
+        share = (alpha - black) / (white - black)
+        visible = colour - black if premultiplied else (colour - black) * share
+        result: np.ndarray = black + visible + (white - black) * (1 - share)
         return result.astype(np.float32)
-    return np.clip(np.rint(result), 0, white).astype(array.dtype)
+    white = int(np.iinfo(array.dtype).max)
+    # Twice the bits hold every sum below.
+    colour, alpha = (part.astype(f"u{2 * array.itemsize}") for part in (colour, alpha))
+    if premultiplied:
+        blended = np.minimum(colour + (white - alpha), white)
+    else:
+        blended = (colour * alpha + white * (white - alpha) + white // 2) // white
+    return np.asarray(blended, dtype=array.dtype)
 
 
 def _to_grey(array: np.ndarray) -> np.ndarray:

@@ -68,7 +68,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._pad = source.pad_to_square or config.crop == "pad"
         self._epoch = shared_zeros(1)
         self._unreadable = shared_zeros(len(rows), torch.bool)
-        self._cache: dict[int, np.ndarray] = {}
+        self._cache: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
         self._cache_room = config.cache_megabytes * 2**20 // max(1, config.num_workers)
         self._first_tiles, self._tiled_sizes = self._check_headers()
 
@@ -156,31 +156,32 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return photo, index - self._first_tiles[photo]
 
     def _item(self, photo: int, tile: int, drawn_for: int) -> dict[str, Any]:
-        row = self._row(photo)
-        name = self._source.name(row, int(self._rows[photo]))
         augmentation = (
             Augmentation.draw(self.config, self.epoch, drawn_for)
             if self._augment
             else Augmentation()
         )
-        array = self._prepared(photo, row, name)
+        array, about = self._prepared(photo)
         if self.config.tile is not None:
             array = self._cut_tile(array, photo, tile, augmentation)
-        item = {
+        return {
             "pixel_values": finish(array, self.config, augmentation),
-            "name": name,
             "index": self._first_tiles[photo] + tile if self._first_tiles else photo,
+            **about,
         }
-        return {**item, **conditions(self._source, row)}
 
-    def _prepared(self, photo: int, row: Mapping[str, Any], name: str) -> np.ndarray:
+    def _prepared(self, photo: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """The image before augmentation, with its name, caption and class."""
         if photo in self._cache:
             return self._cache[photo]
+        row = self._row(photo)
+        name = self._source.name(row, int(self._rows[photo]))
         array = decode_and_prepare(self._source, row, name, self.config)
+        about = {"name": name, **conditions(self._source, row)}
         if array.nbytes <= self._cache_room:
-            self._cache[photo] = array
+            self._cache[photo] = (array, about)
             self._cache_room -= array.nbytes
-        return array
+        return array, about
 
     def _cut_tile(
         self, array: np.ndarray, photo: int, tile: int, augmentation: Augmentation

@@ -35,8 +35,11 @@ class Augmentation:
     def draw(cls, config: DataConfig, epoch: int, index: int) -> Augmentation:
         """Draw what `config` asks for, from (``config.seed``, epoch, index) alone.
 
-        All four numbers are drawn whatever is asked, so that one option does not change another.
+        All four numbers are drawn when any is asked for, so that one option does not change
+        another.
         """
+        if config.crop != "random" and not (config.horizontal_flip or config.vertical_flip):
+            return cls()
         entropy = np.random.SeedSequence([_AUGMENTATION_STREAM, config.seed, epoch, index])
         top, left, horizontal, vertical = np.random.default_rng(entropy).random(4).tolist()
         anywhere = config.crop == "random"

@@ -14,7 +14,7 @@ from fastldm.data.sources.table import (
     ImageTable,
     choose_fields,
     class_map,
-    lookup,
+    column_values,
 )
 from fastldm.errors import DataError
 
@@ -146,9 +146,7 @@ def _classes(
     if isinstance(kind, datasets.ClassLabel) and kind.names:
         return ClassMap(config.class_names or tuple(kind.names))
     if isinstance(rows, datasets.Dataset):
-        root = fields.label if fields.label in rows.features else fields.label.split(".")[0]
-        column = training_rows().select_columns([root])
-        return class_map((lookup(row, fields.label) for row in column), config, origin)
+        return class_map(column_values(training_rows(), fields.label), config, origin)
     if config.class_names is not None:
         numbers: dict[Any, int] = {name: i for i, name in enumerate(config.class_names)}
         numbers.update({i: i for i in range(len(config.class_names))})

@@ -33,7 +33,7 @@ def read_idx(folder: Path, config: DataConfig, split: str) -> ImageTable:
         raise DataError(f"{folder}: {len(images)} images but {len(labels)} labels")
     training_labels = _read_array(folder, f"{_PREFIXES['train']}-labels-idx1-ubyte", rank=1)
     columns = {
-        "image": [_npy_bytes(image) for image in images],
+        "image": _npy_files(images),
         "class": labels.tolist(),
         "name": [f"{prefix}-{index:05d}" for index in range(len(images))],
     }
@@ -62,7 +62,11 @@ def _read_array(folder: Path, name: str, rank: int) -> np.ndarray:
         raise DataError(f"{path}: damaged or not an IDX file ({error})") from None
 
 
-def _npy_bytes(image: np.ndarray) -> bytes:
+def _npy_files(images: np.ndarray) -> list[bytes]:
+    """Each of [N, H, W] as a ``.npy`` file; all have the same header."""
     buffer = io.BytesIO()
-    np.save(buffer, image, allow_pickle=False)
-    return buffer.getvalue()
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": images.dtype.str, "fortran_order": False, "shape": images.shape[1:]}
+    )
+    header = buffer.getvalue()
+    return [header + image.tobytes() for image in images]

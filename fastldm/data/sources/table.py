@@ -106,28 +106,25 @@ class ImageTable:
 
         count = self.rows.num_rows
         if self.fields.name is not None:
-            return list(map(str, self.rows[self.fields.name]))
+            return list(map(str, column_values(self.rows, self.fields.name)))
         paths: list[str | None] = [None] * count
         if isinstance(self.rows.features[self.fields.image], datasets.Image):
             path = f"{self.fields.image}.path"
-            paths = list(self.rows.select_columns([self.fields.image]).flatten()[path])
+            columns = self.rows.select_columns([self.fields.image]).flatten()
+            paths = columns.select_columns([path]).to_dict()[path]
         return [path or f"row {number}" for number, path in enumerate(paths)]
 
     def all_captions(self) -> list[str | None] | None:
         """The caption of every row, or ``None`` when there is no such column."""
         if self.fields.caption is None:
             return None
-        return [self.caption(row) for row in self._column(self.fields.caption)]
+        return [clean_caption(value) for value in column_values(self.rows, self.fields.caption)]
 
     def all_labels(self) -> list[int | None] | None:
         """The class number of every row, or ``None`` when there is no such column."""
         if self.fields.label is None or self.classes is None:
             return None
-        return [self.label(row) for row in self._column(self.fields.label)]
-
-    def _column(self, path: str) -> Any:
-        column = path if path in self.rows.features else path.split(".")[0]
-        return self.rows.select_columns([column])
+        return list(map(self.classes.number, column_values(self.rows, self.fields.label)))
 
 
 def lookup(row: Mapping[str, Any], path: str) -> Any:
@@ -138,6 +135,13 @@ def lookup(row: Mapping[str, Any], path: str) -> Any:
     for part in path.split("."):
         value = value.get(part) if isinstance(value, Mapping) else None
     return value
+
+
+def column_values(rows: datasets.Dataset, path: str) -> list[Any]:
+    """All values of a column, or of a field inside one; nothing else is read."""
+    root = path if path in rows.features else path.split(".")[0]
+    values = rows.select_columns([root]).to_dict()[root]
+    return values if root == path else [lookup({root: value}, path) for value in values]
 
 
 def image_source(value: Any) -> ImageSource:
