@@ -164,7 +164,7 @@ def test_dead_codes_become_latents_of_the_batch(ema_decay):
         # The update must not disturb the backward pass of the batch that caused it.
         if ema_decay is None:
             (output.codebook_loss + output.commitment_loss).backward()
-        if float(module.embedding.weight.abs().max()) < 1e3:
+        if float(module.embedding.weight.detach().abs().max()) < 1e3:
             break
     rows = z.movedim(1, -1).reshape(-1, 3)
     revived = module.embedding.weight[3:].detach()
