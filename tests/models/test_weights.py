@@ -9,7 +9,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.models.weights import (
@@ -240,9 +244,10 @@ def test_a_hub_model_is_read_from_what_the_hub_gives(monkeypatch, tmp_path):
     assert asked[0] == ("owner/model", NAME, "sub", {"revision": "main"})
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_about_the_source(monkeypatch):
+@pytest.mark.parametrize("error_type", [LocalEntryNotFoundError, OSError, HFValidationError])
+def test_a_hub_that_cannot_be_reached_is_an_error_about_the_source(monkeypatch, error_type):
     def download(*_, **__):
-        raise LocalEntryNotFoundError("no connection\nand more")
+        raise error_type("no connection\nand more")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     with pytest.raises(CheckpointError, match=r"'owner/model' is neither a folder.*no connection"):
