@@ -1,0 +1,19 @@
+#include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
+
+#include "vector_quantize/cpu.h"
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.doc() = "Compiled kernels of fastldm; reached through fastldm.ops.";
+  // Compared with the running torch before any kernel is called.
+  module.attr("torch_version") = TORCH_VERSION;
+  module.attr("compiler") = __VERSION__;
+#ifdef FASTLDM_WITH_CUDA
+  module.attr("has_cuda") = true;
+#else
+  module.attr("has_cuda") = false;
+#endif
+  const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  module.def("vector_quantize_fwd", &fastldm::vector_quantize_fwd, unlocked);
+  module.def("vector_quantize_bwd", &fastldm::vector_quantize_bwd, unlocked);
+}
