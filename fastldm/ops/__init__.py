@@ -9,8 +9,16 @@ from __future__ import annotations
 from fastldm.ops import _schema as _schema  # defines torch.ops.fastldm
 from fastldm.ops._dispatch import BACKENDS, OPERATORS, backend, explain
 from fastldm.ops.cross_attention.functional import cross_attention
-from fastldm.ops.diffusion_step.coefficients import ddim_coefficients, ddpm_coefficients
+from fastldm.ops.diffusion_step.coefficients import (
+    LEARNED_VARIANCE_TYPES,
+    VARIANCE_TYPES,
+    DDIMCoefficient,
+    DDPMCoefficient,
+    ddim_coefficients,
+    ddpm_coefficients,
+)
 from fastldm.ops.diffusion_step.functional import (
+    PREDICTION_TYPES,
     DiffusionStepOutput,
     ddim_step,
     ddpm_step,
@@ -22,7 +30,12 @@ from fastldm.ops.vector_quantize.functional import VectorQuantizeOutput, vector_
 
 __all__ = [
     "BACKENDS",
+    "LEARNED_VARIANCE_TYPES",
     "OPERATORS",
+    "PREDICTION_TYPES",
+    "VARIANCE_TYPES",
+    "DDIMCoefficient",
+    "DDPMCoefficient",
     "DiffusionStepOutput",
     "VectorQuantizeOutput",
     "backend",

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from fastldm.configuration import register_to_config
 from fastldm.errors import ConfigError
-from fastldm.ops import ddpm_coefficients, ddpm_step
-from fastldm.ops.diffusion_step.coefficients import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES
+from fastldm.ops import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES, ddpm_coefficients, ddpm_step
 from fastldm.outputs import BaseOutput
 from fastldm.schedulers.checks import check_choice
 from fastldm.schedulers.diffusion import DiffusionScheduler, noise_arguments, stays_on_device

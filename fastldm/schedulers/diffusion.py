@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeGuard
 
@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
-from fastldm.ops import dynamic_threshold, predict_original_sample
-from fastldm.ops.diffusion_step.functional import PREDICTION_TYPES
+from fastldm.ops import PREDICTION_TYPES, dynamic_threshold, predict_original_sample
 from fastldm.schedulers.base import SchedulerMixin, randn
 from fastldm.schedulers.betas import make_betas, rescale_zero_terminal_snr
 from fastldm.schedulers.checks import HUGE, TINY, check_choice, check_integer, check_number
@@ -21,7 +20,7 @@ from fastldm.schedulers.timesteps import TIMESTEP_SPACINGS
 _SCHEDULE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
-class DiffusionScheduler(SchedulerMixin):
+class DiffusionScheduler(SchedulerMixin, ABC):
     """Base of the schedulers whose step is one of the fused operators.
 
     The scalars of the steps from every training time step are tabulated once a sampling run on

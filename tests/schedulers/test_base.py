@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -196,6 +197,14 @@ def test_noise_is_that_of_diffusers(dtype):
     want = randn_tensor(shape, device=device, dtype=dtype)
     torch.manual_seed(0)
     assert torch.equal(randn(shape, None, device, dtype), want)
+
+
+def test_generators_that_do_not_fit_are_named():
+    elsewhere = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.raises(ConfigError, match="generator: got one on cuda"):
+        randn((2, 3), elsewhere, torch.device("cpu"), torch.float32)
+    with pytest.raises(ConfigError, match="generator: got 2; accepted: one, or one a sample"):
+        randn((3, 3), [torch.Generator()] * 2, torch.device("cpu"), torch.float32)
 
 
 def test_public_names():

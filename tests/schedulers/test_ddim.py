@@ -155,8 +155,9 @@ def test_seeded_noise_depends_on_seed_and_time_step():
     coefficients = scheduler._coefficients(300, sample, 1.0)
     want = ddim_step(sample, output, coefficients, clip_range=1.0, seed=seeds, offset=300)
     assert torch.equal(both, want.prev_sample)
-    as_tensor = scheduler.step(output, torch.tensor(300), sample, eta=1.0, seed=seeds)
-    assert torch.equal(as_tensor.prev_sample, both)
+    for timestep in (torch.tensor(300), torch.tensor([300]), torch.tensor(300, dtype=torch.int32)):
+        as_tensor = scheduler.step(output, timestep, sample, eta=1.0, seed=seeds)
+        assert torch.equal(as_tensor.prev_sample, both)
 
 
 def test_generators_one_a_sample():

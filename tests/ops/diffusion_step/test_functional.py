@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastldm.errors import ConfigError
+from fastldm.errors import BackendUnavailableError, ConfigError
 from fastldm.ops import (
+    backend,
     ddim_coefficients,
     ddim_step,
     ddpm_coefficients,
     ddpm_step,
     dynamic_threshold,
+    explain,
     predict_original_sample,
 )
 from fastldm.ops.diffusion_step.reference import philox_normal
@@ -450,6 +452,19 @@ def test_bad_input_is_named(op, wrong):
     }
     with pytest.raises(ConfigError, match=message):
         (ddim_step if op == "ddim" else ddpm_step)(**arguments)
+
+
+@pytest.mark.parametrize("op", ["ddim", "ddpm"])
+def test_backend_is_the_one_asked_for(op):
+    tensors = draw("sample", "model_output")
+    plain = run(op, tensors)
+    with backend("reference"):
+        assert torch.equal(run(op, tensors).prev_sample, plain.prev_sample)
+    with backend("triton"), pytest.raises(BackendUnavailableError, match=f"{op}_step"):
+        run(op, tensors)
+    packed = coefficients(op, torch.float64)
+    report = explain(f"{op}_step", tensors["sample"], tensors["model_output"], packed)
+    assert "reference: can serve" in report
 
 
 def test_bad_variance_is_named():
