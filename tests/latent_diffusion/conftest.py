@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from fastldm import (
     AutoencoderKL,
     CaptionTokenizer,
@@ -21,7 +23,6 @@ from fastldm import (
 from fastldm.configuration import FrozenConfig
 from fastldm.models.tokenizer import train_tokenizer
 from fastldm.outputs import BaseOutput
-from torch import nn
 
 CAPTIONS = ["a red cat", "a blue dog", "flag of France", "smiling face"]
 _LEVELS = {

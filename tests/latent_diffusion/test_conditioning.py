@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
+
 from fastldm import ClassEmbedder, LatentDiffusion
 from fastldm.errors import ConfigError, DataError
-from torch import nn
 
 KINDS = ["none", "crossattn", "classes", "concat", "hybrid", "class"]
 DROP = torch.tensor([True, False, True])
@@ -104,9 +105,7 @@ def test_the_mask_reaches_encoder_and_unet(build) -> None:
         model.encode_condition(captions, 3, DROP).attention_mask,
     )
     z, t = torch.randn(3, 3, 4, 4), torch.tensor(500)
-    expected = model.unet(
-        z, t, conditioning.hidden_states, encoder_attention_mask=mask
-    ).sample
+    expected = model.unet(z, t, conditioning.hidden_states, encoder_attention_mask=mask).sample
     torch.testing.assert_close(model.predict(z, t, conditioning), expected)
     noisy = conditioning.hidden_states + 9 * (mask == 0)[..., None]
     other = type(conditioning)(noisy, conditioning.attention_mask)
@@ -118,9 +117,7 @@ def test_a_module_makes_the_channels_to_append(build) -> None:
     rescale = nn.Conv2d(4, 2, 2, stride=2)
     model = build.model("concat", conditioner=rescale, train_conditioner=True)
     condition = torch.randn(3, 4, 8, 8)
-    torch.testing.assert_close(
-        model.encode_condition(condition, 3).concat, rescale(condition)
-    )
+    torch.testing.assert_close(model.encode_condition(condition, 3).concat, rescale(condition))
     assert not model.encode_condition(condition, 3, DROP).concat[DROP].any()
 
 
@@ -242,6 +239,4 @@ def test_widths_and_vocabularies_must_agree(build) -> None:
     with pytest.raises(ConfigError, match="'none' has no use for a UNet with cross-attention"):
         assemble(conditioning="none", conditioner=None, tokenizer=None)
     with pytest.raises(ConfigError, match="there is a conditioner"):
-        LatentDiffusion(
-            build.first_stage(), build.unet(), build.scheduler(), build.text_encoder()
-        )
+        LatentDiffusion(build.first_stage(), build.unet(), build.scheduler(), build.text_encoder())

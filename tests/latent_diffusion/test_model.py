@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastldm import LatentDiffusion
 from fastldm.errors import DataError
 from fastldm.losses import DiffusionLossConfig
@@ -40,7 +41,7 @@ def test_a_call_is_the_loss(build) -> None:
 
 
 def test_timesteps_and_noise_have_the_right_distribution(build) -> None:
-    oracle = build.oracle(torch.zeros_like)
+    oracle = build.oracle(lambda sample, _: torch.zeros_like(sample))
     model = LatentDiffusion(build.first_stage(), oracle, build.scheduler())
     model.loss(torch.zeros(4000, 3, 4, 4), generator=torch.Generator().manual_seed(0))
     z_t, t, _ = oracle.calls[0]
@@ -138,11 +139,15 @@ def test_other_weights_for_a_while(build) -> None:
     model = build.model("crossattn")
     unet, conditioner = build.cross_unet(), build.text_encoder()
     trained = model.unet, model.conditioner
-    with pytest.raises(RuntimeError), model.using(unet=unet, conditioner=conditioner) as other:
-        assert other.unet is unet
-        assert other.conditioner is conditioner
-        raise RuntimeError
+    with model.using(unet=unet, conditioner=conditioner) as other:
+        assert (other.unet, other.conditioner) == (unet, conditioner)
     assert (model.unet, model.conditioner) == trained
+    with model.using(unet=unet):
+        assert (model.unet, model.conditioner) == (unet, trained[1])
+        with pytest.raises(DataError), model.using(conditioner=conditioner):
+            model.sample(2, captions=["a", "b", "c"])
+        assert model.conditioner is trained[1]
+    assert model.unet is trained[0]
 
 
 def test_latents_of_another_shape_are_refused(build) -> None:
@@ -152,13 +157,19 @@ def test_latents_of_another_shape_are_refused(build) -> None:
 
 def test_a_short_training_learns_classes(build) -> None:
     """The loss on fixed noise falls, and guided samples lie near the latents of their class."""
-    model = build.model("classes", conditioning_dropout=0.1, unet=build.cross_unet(sample_size=4))
+    unet = build.cross_unet(
+        block_out_channels=(16,),
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+    )
+    scheduler = build.scheduler(prediction_type="v_prediction")
+    model = build.model("classes", conditioning_dropout=0.1, unet=unet, scheduler=scheduler)
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(3, 3, 4, 4, generator=generator)
-    labels = torch.arange(3).repeat(8)
+    labels = torch.arange(3).repeat(4)
     fixed = {
-        "noise": torch.randn(24, 3, 4, 4, generator=generator),
-        "timesteps": torch.randint(1000, (24,), generator=generator),
+        "noise": torch.randn(12, 3, 4, 4, generator=generator),
+        "timesteps": torch.randint(1000, (12,), generator=generator),
     }
 
     def validation_loss() -> float:
@@ -169,11 +180,11 @@ def test_a_short_training_learns_classes(build) -> None:
     model.train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=4e-3)
-    for _ in range(300):
+    for _ in range(200):
         optimizer.zero_grad()
         model.loss(centres[labels], labels, generator=generator)[0].backward()
         optimizer.step()
-    assert validation_loss() < 0.35 * before
+    assert validation_loss() < 0.3 * before
     z = model.sample(
         class_labels=labels, num_inference_steps=20, guidance_scale=1.5, seeds=1, output="latents"
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fastldm import DDIMScheduler, DDPMScheduler, LatentDiffusion
 from fastldm.errors import ConfigError, DataError
 from fastldm.latent_diffusion.sampling import make_generators
@@ -54,9 +55,7 @@ def test_every_kind_samples_images(build, kind: str) -> None:
     assert images.abs().max() <= 1
     assert not images.requires_grad
     assert model.training
-    latents = model.sample(
-        3, **given, num_inference_steps=2, seeds=0, **guidance, output="latents"
-    )
+    latents = model.sample(3, **given, num_inference_steps=2, seeds=0, **guidance, output="latents")
     expected = model.decode(latents).clamp(-1, 1)
     torch.testing.assert_close(images, expected)
 
@@ -279,13 +278,13 @@ def test_sizes(build) -> None:
 
 def test_bad_requests_are_named(build) -> None:
     model = build.model().eval()
-    with pytest.raises(ConfigError, match="guidance_scale: got 2.0; an unconditional model"):
+    with pytest.raises(ConfigError, match=r"guidance_scale: got 2\.0; an unconditional model"):
         model.sample(1, guidance_scale=2.0)
     with pytest.raises(ConfigError, match="prediction_type is 'sample', but the model predicts"):
         model.sample(1, scheduler=build.scheduler(prediction_type="sample"))
     with pytest.raises(ConfigError, match="output: got 'pil'"):
         model.sample(1, output="pil")
-    with pytest.raises(ConfigError, match="eta: got 0.5, but DDPMScheduler has none"):
+    with pytest.raises(ConfigError, match=r"eta: got 0\.5, but DDPMScheduler has none"):
         model.sample(1, eta=0.5, scheduler=DDPMScheduler(**NOISE), num_inference_steps=2)
     text = build.model("crossattn")
     with pytest.raises(DataError, match="captions, class_labels: give one of them"):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from fastldm.errors import ConfigError
 from fastldm.losses import DiffusionLossConfig
 from fastldm.losses.diffusion import DiffusionLoss, min_snr_weights, vlb_weights
@@ -113,7 +114,9 @@ def test_every_term(kind, loss_type, dtype, batch) -> None:
     given = output.detach().to(dtype).requires_grad_()
     total, logs = loss(given, x0.to(dtype), t)
     (gradient,) = torch.autograd.grad(total, given)
-    tolerance = {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
+    tolerance = (
+        {"rtol": 1e-6, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-9}
+    )
     values = {
         "loss": expected,
         "loss_simple": errors.mean(),
@@ -201,5 +204,5 @@ def test_bad_fields_are_named(field, value) -> None:
 
 
 def test_bad_prediction_type_is_named() -> None:
-    with pytest.raises(ConfigError, match="prediction_type: expected .*, got 'flow'"):
+    with pytest.raises(ConfigError, match=r"prediction_type: expected .*, got 'flow'"):
         DiffusionLoss(DiffusionLossConfig(), schedule(), "flow")

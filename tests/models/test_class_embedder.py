@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastldm.errors import ConfigError, DataError
 from fastldm.models import ClassEmbedder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from fastldm.errors import ConfigError, DataError
 from fastldm.models import TextEncoder
 
@@ -61,9 +62,7 @@ def test_keys_and_numbers_are_diffusers(encoder: TextEncoder, ids: torch.Tensor)
     gradients = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         if not name.startswith("to_logits"):
-            torch.testing.assert_close(
-                parameter.grad, gradients[name].grad, rtol=1e-10, atol=1e-12
-            )
+            torch.testing.assert_close(parameter.grad, gradients[name].grad, rtol=1e-10, atol=1e-12)
 
 
 def test_padding_is_attended_unless_masked(ids: torch.Tensor) -> None:

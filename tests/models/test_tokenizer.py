@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from fastldm.errors import CheckpointError, ConfigError, DataError
 from fastldm.models.tokenizer import CaptionTokenizer, train_tokenizer
 
