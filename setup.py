@@ -36,7 +36,7 @@ CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 MODES = ("auto", "cpp", "cuda", "none")
 
 
-class NotBuildable(Exception):
+class NotBuildableError(Exception):
     """Why the extension, or its CUDA part, is not built."""
 
 
@@ -53,11 +53,13 @@ def compiler_flags() -> list[str]:
     """The flags that the C++ compiler takes, with OpenMP where it has it.
 
     Raises:
-        NotBuildable: no compiler, or one that compiles no shared library with these flags.
+        NotBuildableError: no compiler, or one that compiles no shared library with these flags.
     """
     compiler = os.environ.get("CXX", "c++").split()
     if shutil.which(compiler[0]) is None:
-        raise NotBuildable(f"there is no C++ compiler ({compiler[0]}); install one, such as g++")
+        raise NotBuildableError(
+            f"there is no C++ compiler ({compiler[0]}); install one, such as g++"
+        )
     for flags in ([*CPP_FLAGS, "-fopenmp"], CPP_FLAGS):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
@@ -70,42 +72,52 @@ def compiler_flags() -> list[str]:
             )
         if result.returncode == 0:
             return flags
-    raise NotBuildable(f"the C++ compiler {compiler[0]} does not work: {result.stderr.strip()}")
+    raise NotBuildableError(
+        f"the C++ compiler {compiler[0]} does not work: {result.stderr.strip()}"
+    )
 
 
 def toolkit() -> tuple[Path, str]:
     """Folder and version of the CUDA toolkit in CUDA_HOME, or that of the nvcc on the PATH.
 
     Raises:
-        NotBuildable: there is none.
+        NotBuildableError: there is none.
     """
     home = os.environ.get("CUDA_HOME")
     nvcc = Path(home, "bin", "nvcc") if home else shutil.which("nvcc")
     if nvcc is None or not Path(nvcc).exists():
-        raise NotBuildable("there is no CUDA toolkit (CUDA_HOME, or nvcc on the PATH)")
+        raise NotBuildableError("there is no CUDA toolkit (CUDA_HOME, or nvcc on the PATH)")
     # `--dryrun` names the toolkit also where nvcc is a script or a link to another place.
     dry = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True, check=False
+        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
     listing = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
     release = re.search(r"release (\d+\.\d+)", listing.stdout)
     if top is None or release is None:
-        raise NotBuildable(f"{nvcc} does not answer as a CUDA compiler does")
+        raise NotBuildableError(f"{nvcc} does not answer as a CUDA compiler does")
     return Path(top.group(1)).resolve(), release.group(1)
+
+
+def _output(command: list[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout + result.stderr
 
 
 def cuda_home(torch_cuda: str | None) -> Path:
     """The toolkit to build the CUDA sources with.
 
     Raises:
-        NotBuildable: there is none, or it is of another major version than torch's.
+        NotBuildableError: there is none, or it is of another major version than torch's.
     """
     home, version = toolkit()
     if torch_cuda is None:
-        raise NotBuildable("this torch is built without CUDA")
+        raise NotBuildableError("this torch is built without CUDA")
     if version.split(".")[0] != torch_cuda.split(".")[0]:
-        raise NotBuildable(
+        raise NotBuildableError(
             f"the CUDA toolkit in {home} is {version} and torch is built for CUDA {torch_cuda}"
         )
     return home
@@ -115,13 +127,13 @@ def with_cuda(mode: str, torch_cuda: str | None) -> bool:
     """Whether to build the CUDA sources; sets the environment that torch's builder reads.
 
     Raises:
-        NotBuildable: CUDA is asked for by name and cannot be had.
+        NotBuildableError: CUDA is asked for by name and cannot be had.
     """
     if mode == "cpp" or not sources(".cu"):
         return False
     try:
         home = cuda_home(torch_cuda)
-    except NotBuildable as reason:
+    except NotBuildableError as reason:
         if mode == "cuda":
             raise
         say(f"building the C++ extension without CUDA: {reason}")
@@ -135,18 +147,18 @@ def extension_arguments() -> dict[str, object]:
     """`ext_modules` and `cmdclass` for setup().
 
     Raises:
-        NotBuildable: no extension can be built; the message says why.
+        NotBuildableError: no extension can be built; the message says why.
     """
     mode = os.environ.get("FASTLDM_BUILD", "auto")
     if mode not in MODES:
         raise SystemExit(f"FASTLDM_BUILD: got {mode!r}; accepted: {', '.join(MODES)}")
     if mode == "none":
-        raise NotBuildable("FASTLDM_BUILD=none")
+        raise NotBuildableError("FASTLDM_BUILD=none")
     flags = compiler_flags()
     try:
         import torch
     except ImportError as error:
-        raise NotBuildable(f"torch cannot be imported to build against ({error})") from None
+        raise NotBuildableError(f"torch cannot be imported to build against ({error})") from None
     cuda = with_cuda(mode, torch.version.cuda)
     # It reads CUDA_HOME when it is imported.
     from torch.utils import cpp_extension
@@ -176,7 +188,7 @@ def extension_arguments() -> dict[str, object]:
 if __name__ == "__main__":
     try:
         arguments = extension_arguments()
-    except NotBuildable as reason:
+    except NotBuildableError as reason:
         say(f"installing without the extension: {reason}")
         arguments = {}
     setup(**arguments)

@@ -7,7 +7,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of fastldm; reached through fastldm.ops.";
   // Compared with the running torch before any kernel is called.
   module.attr("torch_version") = TORCH_VERSION;
+#ifdef __clang__
   module.attr("compiler") = __VERSION__;
+#else
+  module.attr("compiler") = "GCC " __VERSION__;
+#endif
 #ifdef FASTLDM_WITH_CUDA
   module.attr("has_cuda") = true;
 #else

@@ -24,7 +24,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
             "the extension fastldm._C is not installed: there was no C++ compiler when fastldm was "
             f"installed, or the build failed (pip install -v shows why); {_REBUILD}"
         )
-    except Exception as error:  # noqa: BLE001 - whatever a broken library raises is reported
+    except Exception as error:
         return None, (
             f"the extension fastldm._C cannot be loaded ({type(error).__name__}: {error}); "
             f"it may be for another torch than {torch.__version__}; {_REBUILD}"

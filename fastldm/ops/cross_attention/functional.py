@@ -74,13 +74,14 @@ class _CrossAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         q, k, v, key_mask = ctx.saved_tensors
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # For create_graph=True: the formula is differentiable, a kernel is not.
-            found = reference.cross_attention_bwd(*grads, q, k, v, ctx.scale, key_mask)
+            found = reference.cross_attention_bwd(grad, q, k, v, ctx.scale, key_mask)
         else:
             found = torch.ops.fastldm.cross_attention_bwd(
-                *grads, q, k, v, ctx.scale, key_mask, backend=ctx.backend
+                grad, q, k, v, ctx.scale, key_mask, backend=ctx.backend
             )
         return (*found, None, None, None)
 
@@ -94,7 +95,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:
     for name, value in (("k", k), ("v", v)):
         if value.ndim != 4 or value.shape[1] == 0:
             raise ConfigError(
-                f"{name}: got {_checks.describe(value)}; accepted: [B, Lk, H, D] with Lk of 1 or more"
+                f"{name}: got {_checks.describe(value)}; accepted: [B, Lk, H, D], Lk ≥ 1"
             )
         _checks.shape_and_device(name, value, (batch, k.shape[1], heads, width), "[B, Lk, H, D]", q)
         if value.dtype != q.dtype:
