@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor, nn
 
 from fastldm.configuration import register_to_config
-from fastldm.errors import ConfigError, DataError
+from fastldm.errors import ConfigError
 from fastldm.models.unet_base import UNetBase, UNetOptions, check_choice
 from fastldm.modules.embeddings import GaussianFourierProjection, TimestepEmbedding, Timesteps
 from fastldm.modules.unet_blocks import (
@@ -204,7 +204,6 @@ class UNet2DModel(UNetBase):
         )
         check_choice("class_embed_type", class_embed_type, (None, "timestep", "identity"))
         input_dim = channels
-        self.time_proj: nn.Module
         if time_embedding_type == "fourier":
             self.time_proj = GaussianFourierProjection(channels, scale=_FOURIER_SCALE)
             input_dim = 2 * channels
@@ -215,7 +214,7 @@ class UNet2DModel(UNetBase):
         else:
             self.time_proj = nn.Embedding(num_train_timesteps, channels)
         self.time_embedding = TimestepEmbedding(input_dim, time_embed_dim)
-        self.class_embedding: nn.Module | None = None
+        self.class_embedding = None
         if class_embed_type == "timestep":
             self.class_embedding = TimestepEmbedding(input_dim, time_embed_dim)
         elif class_embed_type == "identity":
@@ -249,13 +248,8 @@ class UNet2DModel(UNetBase):
             sample = 2 * sample - 1.0
         timesteps = self._timesteps(timestep, sample)
         emb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype))
-        if (self.class_embedding is None) != (class_labels is None):
-            wanted = "none" if self.class_embedding is None else "class_labels"
-            raise DataError(f"class_labels: this model takes {wanted}")
-        if self.class_embedding is not None and class_labels is not None:
-            if self._class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels).to(sample.dtype)
-            emb = emb + self.class_embedding(class_labels).to(emb.dtype)
+        class_emb = self._embed_classes(class_labels, emb)
+        emb = emb if class_emb is None else emb + class_emb
 
         sample, states = self._down(self.conv_in(sample), emb)
         if self.mid_block is not None:

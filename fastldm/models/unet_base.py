@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +77,11 @@ AttentionOfLevel = Callable[[type[AttentionOptions], int], AttentionOptions]
 
 class UNetBase(ModelMixin):
     """A UNet whose subclass makes the embeddings and says which attention a level has."""
+
+    time_proj: nn.Module
+    class_embedding: nn.Module | None
+    mid_block: UNetMidBlock2D | None
+    _class_embed_type: str | None
 
     ignored_config_keys = frozenset(
         # diffusers' EMAModel saves its own settings into the same file.
@@ -191,6 +196,30 @@ class UNetBase(ModelMixin):
             )
         return timesteps.expand(sample.shape[0])
 
+    def _embed_classes(self, class_labels: Tensor | None, emb: Tensor) -> Tensor | None:
+        """[B, width] of the classes, or None in a model without them."""
+        if self.class_embedding is None:
+            if class_labels is not None:
+                raise DataError("class_labels: given, but this model has no classes")
+            return None
+        batch = emb.shape[0]
+        if class_labels is None:
+            raise DataError(f"class_labels: this model needs [{batch}] of them, got None")
+        if class_labels.shape[:1] != emb.shape[:1]:
+            raise DataError(
+                f"class_labels: expected {batch} of them, got {list(class_labels.shape)}"
+            )
+        if isinstance(self.class_embedding, nn.Embedding) and (
+            class_labels.is_floating_point() or class_labels.ndim != 1
+        ):
+            raise DataError(
+                f"class_labels: expected [{batch}] integers, got {list(class_labels.shape)} "
+                f"{class_labels.dtype}"
+            )
+        if self._class_embed_type == "timestep":
+            class_labels = self.time_proj(class_labels).to(emb.dtype)
+        return self.class_embedding(class_labels).to(emb.dtype)
+
     def _down(
         self,
         sample: Tensor,
@@ -200,7 +229,7 @@ class UNetBase(ModelMixin):
     ) -> tuple[Tensor, list[Tensor]]:
         """The way down: its output, and every feature map that the way up takes."""
         states = [sample]
-        for level, block in enumerate(self.down_blocks):
+        for level, block in enumerate(cast(Iterable[UNetDownBlock2D], self.down_blocks)):
             residual = intrablock_residuals[level] if level < len(intrablock_residuals) else None
             if block.has_cross_attention:
                 sample, added = block(sample, emb, context, residual)
@@ -220,7 +249,7 @@ class UNetBase(ModelMixin):
         factor = 2**self.num_upsamplers
         full = states[0].shape[2:]
         divisible = full[0] % factor == 0 and full[1] % factor == 0
-        for block in self.up_blocks:
+        for block in cast(Iterable[UNetUpBlock2D], self.up_blocks):
             taken = len(block.resnets)
             states, skipped = states[:-taken], states[-taken:]
             # A size that was rounded on the way down is not twice the smaller one.

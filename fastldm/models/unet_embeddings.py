@@ -88,7 +88,6 @@ class EmbeddingUNet(UNetBase):
 
     def _add_time_embedding(self, options: EmbeddingOptions) -> tuple[int, int]:
         """Set ``time_proj`` and ``time_embedding``; return the widths behind and before it."""
-        self.time_proj: nn.Module
         if options.time_embedding_type == "fourier":
             time_embed_dim = options.time_embedding_dim or 2 * options.channels
             if time_embed_dim % 2:
@@ -121,7 +120,7 @@ class EmbeddingUNet(UNetBase):
         self, options: EmbeddingOptions, input_dim: int, time_embed_dim: int
     ) -> None:
         kind = options.class_embed_type
-        self.class_embedding: nn.Module | None = None
+        self.class_embedding = None
         if kind == "timestep":
             self.class_embedding = TimestepEmbedding(
                 input_dim, time_embed_dim, act_fn=options.act_fn
@@ -167,17 +166,11 @@ class EmbeddingUNet(UNetBase):
         """What every residual block receives, [B, width]."""
         timesteps = self._timesteps(timestep, sample)
         emb = self.time_embedding(self.time_proj(timesteps).to(sample.dtype), timestep_cond)
-        if (self.class_embedding is None) != (class_labels is None):
-            wanted = "none" if self.class_embedding is None else "class_labels"
-            raise DataError(f"class_labels: this model takes {wanted}")
-        if self.class_embedding is not None and class_labels is not None:
-            if self._class_embed_type == "timestep":
-                class_labels = self.time_proj(class_labels).to(sample.dtype)
-            class_emb = self.class_embedding(class_labels).to(emb.dtype)
-            if self._class_embeddings_concat:
-                emb = torch.cat([emb, class_emb], dim=-1)
-            else:
-                emb = emb + class_emb
+        class_emb = self._embed_classes(class_labels, emb)
+        if class_emb is not None and self._class_embeddings_concat:
+            emb = torch.cat([emb, class_emb], dim=-1)
+        elif class_emb is not None:
+            emb = emb + class_emb
         if self.add_embedding is not None:
             if self._addition_embed_type == "text":
                 emb = emb + self.add_embedding(encoder_hidden_states)
