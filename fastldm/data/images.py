@@ -34,7 +34,7 @@ _HEADERS_CHECKED_AT_LOAD = 1000
 def shared_zeros(size: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
     """Zeros that worker processes see change."""
     zeros = torch.zeros(size, dtype=dtype)
-    zeros.share_memory_()  # type: ignore[no-untyped-call]
+    zeros.share_memory_()
     return zeros
 
 

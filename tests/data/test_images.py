@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -325,3 +327,30 @@ def test_missing_classes_are_named(captioned_folder: Path) -> None:
 def test_conditions_that_are_not_there(image_folder: Path, option: str, what: str) -> None:
     with pytest.raises(DataError, match=f"{what} are required"):
         load(image_folder, **{f"require_{option}": True})
+
+
+def test_partial_classes_are_dropped_when_not_asked_for(
+    captioned_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = captioned_folder / "metadata.jsonl"
+    path.write_text(path.read_text().replace('"kind": "b"', '"label": "b"'))
+    dataset = load(captioned_folder)
+    assert dataset.class_names is None
+    assert "class_label" not in dataset[1]
+    assert dataset.captions is not None
+    assert any("class missing for 6 of 12 images" in text for text in caplog.messages)
+
+
+def test_the_only_image_cannot_be_held_out(tmp_path: Path, pixels: Pixels) -> None:
+    Image.fromarray(pixels()).save(tmp_path / "one.png")
+    with pytest.raises(DataError, match="no image is left for split="):
+        load(tmp_path, holdout_fraction=0.0001, split="test")
+
+
+def test_importing_the_package_loads_no_image_library() -> None:
+    heavy = ("datasets", "PIL", "tifffile", "torchvision", "fontTools")
+    script = f"import sys, fastldm.data; print(sorted(set({heavy}) & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", script], check=True, capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "[]"
