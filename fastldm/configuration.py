@@ -114,7 +114,9 @@ class ConfigMixin:
         path = Path(folder, subfolder or "", cls.config_name)
         config = read_json(path)
         if not isinstance(config, dict):
-            raise ConfigError(f"{path}: expected a JSON object of fields, got {type(config).__name__}")
+            raise ConfigError(
+                f"{path}: expected a JSON object of fields, got {type(config).__name__}"
+            )
         return config
 
     def save_config(self, folder: str | Path) -> None:

@@ -168,7 +168,7 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> dict[s
 def _load_pickle(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
     try:
         value = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # noqa: BLE001 - torch.load raises many types on a damaged file
+    except Exception as error:  # torch.load raises many types on a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"{path}: refused: it is damaged or holds more than tensors, and fastldm never runs "

@@ -58,7 +58,9 @@ def test_round_trip_through_a_folder(tmp_path: Path) -> None:
 
 
 def test_unknown_field_is_named_with_the_accepted_ones() -> None:
-    with pytest.raises(ConfigError, match=r"Thing has no config field 'colour', 'weight'.*channels"):
+    with pytest.raises(
+        ConfigError, match=r"Thing has no config field 'colour', 'weight'.*channels"
+    ):
         Thing.from_config({"weight": 1, "colour": 2, "_diffusers_version": "0", "harmless": 3})
 
 

@@ -9,7 +9,7 @@ micro-batches is one large batch, apart from statistics that are taken a micro-b
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -79,10 +79,11 @@ class _Generator(nn.Module):
         discriminator: nn.Module | None,
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Total loss, reconstructions without their graph, and logs."""
-        model = self.model
+        # Any: with return_dict=False the same methods give tuples.
+        model: Any = self.model
         terms: dict[str, Tensor] = {}
         with self._environment.autocast():
-            if isinstance(model, VQModel):
+            if isinstance(self.model, VQModel):
                 found = model.quantize(model.encode(images).latents)
                 reconstructions = model.decode(found.z_q, force_not_quantize=True).sample
                 terms = {
@@ -216,12 +217,12 @@ class AutoencoderTrainer:
     @property
     def best_model(self) -> Autoencoder:
         """The averaged autoencoder where there is an average, else the trained one."""
-        return self.model if self.ema is None else self.ema.module
+        return self.model if self.ema is None else cast(Autoencoder, self.ema.module)
 
     def _reconstruct(self, images: Tensor) -> Tensor:
         model = self.best_model.eval()
         with torch.no_grad(), self.environment.autocast():
-            reconstructions = model(images).sample.float()
+            reconstructions: Tensor = model(images).sample.float()
         self.model.train()
         return reconstructions
 

@@ -225,7 +225,8 @@ def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
 
 def random_states() -> dict[str, Any]:
     """The states of all global random-number generators of this process, as plain values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    state: Any = np.random.get_state(legacy=True)
+    kind, keys, position, has_gauss, cached = state
     return {
         "python": random.getstate(),
         "numpy": [str(kind), keys.tolist(), int(position), int(has_gauss), float(cached)],

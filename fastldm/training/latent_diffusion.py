@@ -8,7 +8,7 @@ processes or micro-batches.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -289,7 +289,7 @@ class LatentDiffusionTrainer:
 
     def _averaged(self) -> dict[str, nn.Module]:
         """The averaged parts by the names that `LatentDiffusion` has for them; none without EMA."""
-        return {} if self.ema is None else dict(self.ema.module.items())
+        return {} if self.ema is None else dict(cast(nn.ModuleDict, self.ema.module).items())
 
     def save(self, writer: CheckpointWriter) -> None:
         """Store weights, averages, optimiser, scale of the latents and tokenizer."""

@@ -48,7 +48,7 @@ class LatentSource:
     ) -> None:
         self._seed = config.seed
         self._device = environment.device
-        processes = {
+        processes: dict[str, Any] = {
             "num_processes": environment.num_processes,
             "process_index": environment.process_index,
         }
