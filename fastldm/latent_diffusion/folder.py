@@ -44,6 +44,16 @@ _FOREIGN_BASES = {
 }
 """Base classes, one of which a class that a file names must have to be loaded."""
 
+_IGNORED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
+"""Parts of Stable Diffusion's folders that take no part in making an image."""
+_REQUIRED_ENTRIES: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {
+        "requires_safety_checker": False,
+        **{name: [None, None] for name in _IGNORED_COMPONENTS},
+    }
+}
+"""What diffusers' pipelines want in their index beside the parts."""
+
 
 @dataclass
 class PipelineFolder:
@@ -77,6 +87,7 @@ def write_pipeline(folder: str | Path, content: PipelineFolder) -> None:
     index: dict[str, Any] = {
         "_class_name": content.class_name,
         "_diffusers_version": _DIFFUSERS_VERSION,
+        **_REQUIRED_ENTRIES.get(content.class_name, {}),
     }
     for name, component in content.components.items():
         if not hasattr(component, "save_pretrained"):
@@ -158,10 +169,6 @@ def read_pipeline(
         _read_fields(locate),
         _read_tensors(locate),
     )
-
-
-_IGNORED_COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
-"""Parts of Stable Diffusion's folders that take no part in making an image."""
 
 
 def _read_fields(locate: Locator) -> dict[str, Any]:

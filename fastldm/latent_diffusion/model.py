@@ -21,7 +21,7 @@ from fastldm.latent_diffusion.conditioning import (
     repeat_condition,
 )
 from fastldm.latent_diffusion.latents import LatentSpace, dtype_of
-from fastldm.latent_diffusion.parts import check_parts, latent_size_of
+from fastldm.latent_diffusion.parts import check_parts, latent_size_of, warn_of_clipping
 from fastldm.latent_diffusion.sampling import (
     SamplerOptions,
     StepCallback,
@@ -96,6 +96,7 @@ class LatentDiffusion(LatentSpace):
                 "and 0 for conditioning 'none'"
             )
         check_parts(conditioning, first_stage, unet, conditioner, tokenizer)
+        warn_of_clipping(scheduler)
         super().__init__(first_stage, scaling_factor, latent_mean, latent_std)
         self.unet: Any = unet
         self.conditioner: Any = conditioner

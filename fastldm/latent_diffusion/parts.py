@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -103,6 +104,16 @@ def _check_tokenizer(conditioner: Any | None, tokenizer: Any | None) -> None:
         raise ConfigError(
             f"vocab_size: the text encoder's is {rows}, but the tokenizer has {len(tokenizer)} "
             "tokens"
+        )
+
+
+def warn_of_clipping(scheduler: Any) -> None:
+    """Warn of a sampler that clips latents as if they were images, which is diffusers' default."""
+    if scheduler.config.get("clip_sample"):
+        warnings.warn(
+            "scheduler: clip_sample is True, so that sampling clips latents to "
+            "±clip_sample_range; latent diffusion wants False",
+            stacklevel=3,
         )
 
 

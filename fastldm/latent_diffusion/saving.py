@@ -17,7 +17,6 @@ from fastldm.latent_diffusion.folder import (
     read_pipeline,
     write_pipeline,
 )
-from fastldm.latent_diffusion.scale import LatentScale
 from fastldm.losses.diffusion import DiffusionLossConfig
 from fastldm.models.class_embedder import ClassEmbedder
 from fastldm.models.text_encoder import TextEncoder
@@ -61,7 +60,7 @@ def save_model(
         "max_caption_length": model.max_caption_length,
         "loss": asdict(model.objective.config),
     }
-    class_name = _pipeline_class(model.conditioning, components, scale)
+    class_name = _pipeline_class(model, components)
     tensors = model.objective.state_dict()
     write_pipeline(folder, PipelineFolder(class_name, components, fields, tensors))
 
@@ -114,10 +113,21 @@ def _conditioner_name(conditioner: Any, tokenizer: Any | None) -> str:
     return "text_encoder" if is_text else "conditioner"
 
 
-def _pipeline_class(conditioning: str, components: dict[str, Any], scale: LatentScale) -> str:
+def _pipeline_class(model: LatentDiffusion, components: Mapping[str, Any]) -> str:
     """diffusers' pipeline that does with these parts what `LatentDiffusion.sample` does, if any."""
-    if conditioning == "none" and "vqvae" in components and scale.mean is None:
-        return "LDMPipeline"
+    scale = model.latent_scale
+    if scale.mean is None and not scale.shift:
+        if model.conditioning == "none" and "vqvae" in components:
+            return "LDMPipeline"
+        if (
+            model.conditioning == "crossattn"
+            and "vae" in components
+            and type(components.get("text_encoder")).__name__ == "CLIPTextModel"
+            and not model.use_attention_mask
+            and model.tokenizer is not None
+            and model.tokenizer.model_max_length == model.max_caption_length
+        ):
+            return "StableDiffusionPipeline"
     return "LatentDiffusion"
 
 

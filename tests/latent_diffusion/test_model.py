@@ -190,3 +190,8 @@ def test_a_short_training_learns_classes(build) -> None:
     )
     distances = torch.cdist(z.flatten(1), centres.flatten(1))
     assert (distances.argmin(dim=1) == labels).all()
+
+
+def test_a_scheduler_that_clips_latents_is_warned_of(build) -> None:
+    with pytest.warns(UserWarning, match="clip_sample is True"):
+        build.model(scheduler=build.scheduler(clip_sample=True))

@@ -226,8 +226,8 @@ def test_ours_equals_diffusers_scheduler(build) -> None:
 def test_training_on_a_diffusers_scheduler(build) -> None:
     import diffusers
 
-    theirs = diffusers.DDPMScheduler(**NOISE, prediction_type="v_prediction")
-    ours = DDPMScheduler(**NOISE, prediction_type="v_prediction")
+    theirs = diffusers.DDPMScheduler(**NOISE, clip_sample=False, prediction_type="v_prediction")
+    ours = DDPMScheduler(**NOISE, clip_sample=False, prediction_type="v_prediction")
     model = build.model(scheduler=ours)
     other = LatentDiffusion(model.first_stage, model.unet, theirs)
     given = {"noise": torch.randn(4, 3, 4, 4), "timesteps": torch.tensor([0, 9, 500, 999])}

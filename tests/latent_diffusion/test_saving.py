@@ -147,23 +147,63 @@ def test_folders_of_diffusers_are_read(build, tmp_path) -> None:
     assert torch.equal(draw(loaded, build, "none"), draw(own, build, "none"))
 
 
-def test_text_encoders_of_transformers_come_back(build, tmp_path) -> None:
-    from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
+@pytest.fixture(scope="module")
+def clip() -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=100, hidden_size=12, num_hidden_layers=1, num_attention_heads=2,
-            intermediate_size=16, max_position_embeddings=8, bos_token_id=2, eos_token_id=3,
-            pad_token_id=0,
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 100,
+        "hidden_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 8,
+    }
+    return CLIPTextModel(CLIPTextConfig(**sizes, bos_token_id=2, eos_token_id=3, pad_token_id=0))
+
+
+def clip_tokenizer(build: Any, folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    build.tokenizer().save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_stable_diffusion_folders_go_both_ways(build, clip, tmp_path) -> None:
+    import diffusers
+
+    tokenizer = clip_tokenizer(build, tmp_path / "tokenizer")
+    model = build.model("crossattn", conditioner=clip, tokenizer=tokenizer).eval()
+    model.calibrate_scale(3 * torch.randn(4, 3, 4, 4))
+    model.save_pretrained(tmp_path / "ours")
+    assert index_of(tmp_path / "ours")["_class_name"] == "StableDiffusionPipeline"
+    pipeline = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "ours")
+    assert type(pipeline) is diffusers.StableDiffusionPipeline
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        build.captions[:2],
+        guidance_scale=3.0,
+        num_inference_steps=4,
+        generator=[torch.Generator().manual_seed(seed) for seed in (5, 6)],
+        output_type="np",
+    ).images
+    expected = torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1
+    pipeline.save_pretrained(tmp_path / "theirs")
+    for given in (model, LatentDiffusion.from_pretrained(tmp_path / "theirs")):
+        ours = given.sample(
+            captions=build.captions[:2], guidance_scale=3.0, num_inference_steps=4, seeds=5
         )
-    )  # fmt: skip
-    build.tokenizer().save_pretrained(tmp_path / "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
-    model = build.model("crossattn", conditioner=encoder, tokenizer=tokenizer)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_text_encoders_of_transformers_come_back(build, clip, tmp_path) -> None:
+    tokenizer = clip_tokenizer(build, tmp_path / "tokenizer")
+    model = build.model("crossattn", conditioner=clip, tokenizer=tokenizer)
     model.save_pretrained(tmp_path / "model")
     assert index_of(tmp_path / "model")["text_encoder"] == ["transformers", "CLIPTextModel"]
     loaded = LatentDiffusion.from_pretrained(tmp_path / "model")
-    assert type(loaded.conditioner) is CLIPTextModel
+    assert type(loaded.conditioner) is type(clip)
     assert torch.equal(draw(loaded, build, "crossattn"), draw(model, build, "crossattn"))
     (tmp_path / "model" / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="text_encoder"):
