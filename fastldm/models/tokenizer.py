@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 PAD, UNK, CLS, SEP = "[PAD]", "[UNK]", "[CLS]", "[SEP]"
 _SPECIAL_TOKENS = [PAD, UNK, CLS, SEP]
+_PREFIX, _SUFFIX = "##", "</w>"
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
 
@@ -184,7 +187,7 @@ def train_tokenizer(
     model: Literal["wordpiece", "bpe"] = "wordpiece",
     lowercase: bool = True,
 ) -> CaptionTokenizer:
-    """Learn a vocabulary from captions.
+    """Learn a vocabulary from captions; the same captions give the same one.
 
     Args:
         captions: read once, so an iterator will do.
@@ -197,33 +200,30 @@ def train_tokenizer(
         DataError: there is no caption with a character to learn from, or one is not a string.
         ConfigError: `model` or `vocab_size` is not accepted.
     """
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from tokenizers.trainers import BpeTrainer, WordPieceTrainer
+    from tokenizers import normalizers, pre_tokenizers, processors
 
     if not isinstance(vocab_size, int) or vocab_size <= len(_SPECIAL_TOKENS):
         raise ConfigError(
             f"vocab_size: got {vocab_size!r}; accepted: an integer above {len(_SPECIAL_TOKENS)}"
         )
-    options: dict[str, Any] = {
-        "vocab_size": vocab_size,
-        "special_tokens": _SPECIAL_TOKENS,
-        "show_progress": False,
-    }
-    if model == "wordpiece":
-        tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
-        trainer: Any = WordPieceTrainer(**options)
-        tokenizer.decoder = decoders.WordPiece()
-    elif model == "bpe":
-        tokenizer = Tokenizer(models.BPE(unk_token=UNK, end_of_word_suffix="</w>"))
-        trainer = BpeTrainer(end_of_word_suffix="</w>", **options)
-        tokenizer.decoder = decoders.BPEDecoder()
-    else:
+    if model not in ("wordpiece", "bpe"):
         raise ConfigError(f"model: got {model!r}; accepted: 'wordpiece', 'bpe'")
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.train_from_iterator(_checked(captions), trainer)
-    if tokenizer.get_vocab_size() <= len(_SPECIAL_TOKENS):
+    captions = list(captions)
+    for index, caption in enumerate(captions):
+        if not isinstance(caption, str):
+            raise DataError(f"captions[{index}]: expected a string, got {caption!r}")
+    normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    words = Counter(
+        word
+        for caption in captions
+        for word, _ in pre_tokenizer.pre_tokenize_str(normalizer.normalize_str(caption))
+    )
+    if not words:
         raise DataError("captions: there is none with a character to learn a vocabulary from")
+    tokenizer = _learn(words, vocab_size, model)
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{CLS} $A {SEP}",
         special_tokens=[(token, tokenizer.token_to_id(token)) for token in (CLS, SEP)],
@@ -231,11 +231,41 @@ def train_tokenizer(
     return CaptionTokenizer(tokenizer, max_length)
 
 
-def _checked(captions: Iterable[str]) -> Iterable[str]:
-    for index, caption in enumerate(captions):
-        if not isinstance(caption, str):
-            raise DataError(f"captions[{index}]: expected a string, got {caption!r}")
-        yield caption
+def _learn(words: Counter[str], vocab_size: int, model: Literal["wordpiece", "bpe"]) -> Tokenizer:
+    """A tokenizer with the vocabulary of `words`, the same in every run.
+
+    The library numbers the characters inside words in the order of a randomly seeded hash table,
+    and breaks ties between merges by those numbers. Named as special tokens they are numbered in
+    order; the vocabulary is then moved into a tokenizer in which they are plain tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.trainers import BpeTrainer, WordPieceTrainer
+
+    options: dict[str, Any] = {"vocab_size": vocab_size, "show_progress": False}
+    if model == "wordpiece":
+        learner = Tokenizer(models.WordPiece(unk_token=UNK))
+        inner = {f"{_PREFIX}{character}" for word in words for character in word[1:]}
+        trainer: Any = WordPieceTrainer(special_tokens=_SPECIAL_TOKENS + sorted(inner), **options)
+    else:
+        learner = Tokenizer(models.BPE(unk_token=UNK, end_of_word_suffix=_SUFFIX))
+        inner = {f"{word[-1]}{_SUFFIX}" for word in words}
+        trainer = BpeTrainer(
+            special_tokens=_SPECIAL_TOKENS + sorted(inner), end_of_word_suffix=_SUFFIX, **options
+        )
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator(words.elements(), trainer)
+    learned = json.loads(learner.to_str())["model"]
+    if model == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(learned["vocab"], unk_token=UNK))
+        tokenizer.decoder = decoders.WordPiece()
+    else:
+        merges = [tuple(merge) for merge in learned["merges"]]
+        tokenizer = Tokenizer(
+            models.BPE(learned["vocab"], merges, unk_token=UNK, end_of_word_suffix=_SUFFIX)
+        )
+        tokenizer.decoder = decoders.BPEDecoder()
+    tokenizer.add_special_tokens(_SPECIAL_TOKENS)
+    return tokenizer
 
 
 def _matrix(rows: list[list[int]], width: int) -> Tensor:

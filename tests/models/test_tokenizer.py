@@ -69,6 +69,30 @@ def test_vocabulary_is_limited() -> None:
     assert not torch.equal(cased("Flag").input_ids, cased("flag").input_ids)
 
 
+@pytest.mark.parametrize("model", ["wordpiece", "bpe"])
+def test_the_same_captions_give_the_same_vocabulary(model: str) -> None:
+    """Also in another order: processes that learn it on their own must agree."""
+    words = ["ab", "ba", "abba", "cab", "dab", "deed", "feed", "bead", "cafe", "fade", "x"]
+    captions = [f"{first} {second}" for first in words for second in words]
+    vocabularies = {
+        train_tokenizer(given, 60, model=model).tokenizer.to_str()
+        for given in (captions, captions, captions[::-1], sorted(captions))
+    }
+    assert len(vocabularies) == 1
+
+
+@pytest.mark.parametrize("model", ["wordpiece", "bpe"])
+def test_only_the_special_tokens_are_special(model: str) -> None:
+    tokenizer = train_tokenizer(CAPTIONS, 200, model=model)
+    assert {token.content for token in tokenizer.tokenizer.get_added_tokens_decoder().values()} == {
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]",
+    }  # fmt: skip
+    assert [tokenizer.tokenizer.id_to_token(i) for i in range(4)] == [
+        "[PAD]", "[UNK]", "[CLS]", "[SEP]",
+    ]  # fmt: skip
+    assert sorted(tokenizer.tokenizer.get_vocab().values()) == list(range(tokenizer.vocab_size))
+
+
 def test_saved_folder_gives_the_same_ids_here_and_in_transformers(tokenizer, tmp_path) -> None:
     from transformers import AutoTokenizer
 
