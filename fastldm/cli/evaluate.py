@@ -125,9 +125,7 @@ def _measure_samples(config: EvaluateConfig) -> float:
     from fastldm.metrics import FrechetInceptionDistance
 
     if not is_latent_diffusion(config.model):
-        raise ConfigError(
-            f"fid_samples: {config.model} holds only a first stage"
-        )
+        raise ConfigError(f"fid_samples: {config.model} holds only a first stage")
     device = default_device(config.cpu)
     distance = FrechetInceptionDistance(config.inception_weights, device=device)
     model = LatentDiffusion.from_pretrained(config.model).to(device)

@@ -1,0 +1,71 @@
+"""Only fastldm's own classes are built from a configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastldm.errors import CheckpointError, ConfigError
+from fastldm.models import AutoencoderKL, VQModel
+from fastldm.training import ModelConfig
+from fastldm.training.registry import (
+    CONDITIONERS,
+    DISCRIMINATORS,
+    FIRST_STAGES,
+    SCHEDULERS,
+    UNETS,
+    build,
+    load_first_stage,
+    resolve_class,
+)
+
+
+def test_every_name_is_a_class() -> None:
+    for names in (FIRST_STAGES, DISCRIMINATORS, UNETS, CONDITIONERS, SCHEDULERS):
+        for name in names:
+            assert resolve_class(name, names, "part").__name__ == name
+
+
+@pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "UNet2DModel", ""])
+def test_other_classes_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"model.class_name: expected one of AutoencoderKL"):
+        build(ModelConfig(name), FIRST_STAGES, "model")
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"latent_chanels": 4},
+            r"model.config: .* no config field 'latent_chanels'",
+        ),
+        ({"latent_channels": "four"}, r"model.config: "),
+        ({"block_out_channels": 32}, r"model.config: "),
+    ],
+)
+def test_wrong_fields_are_named(config: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build(ModelConfig("AutoencoderKL", dict(config)), FIRST_STAGES, "model")
+
+
+def test_pretrained_weights_are_taken(tmp_path: Path) -> None:
+    model = VQModel(block_out_channels=(32,), num_vq_embeddings=8)
+    model.save_pretrained(tmp_path)
+    loaded = build(ModelConfig("VQModel", pretrained=str(tmp_path)), FIRST_STAGES, "model")
+    assert bool((loaded.quantize.embedding.weight == model.quantize.embedding.weight).all())
+    assert isinstance(load_first_stage(tmp_path), VQModel)
+
+
+def test_a_folder_without_a_first_stage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such file"):
+        load_first_stage(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    with pytest.raises(ConfigError, match="AutoencoderKL or VQModel, got 'UNet2DModel'"):
+        load_first_stage(tmp_path)
+    AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_first_stage(tmp_path)
