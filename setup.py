@@ -72,9 +72,7 @@ def compiler_flags() -> list[str]:
             )
         if result.returncode == 0:
             return flags
-    raise NotBuildableError(
-        f"the C++ compiler {compiler[0]} does not work: {result.stderr.strip()}"
-    )
+    raise NotBuildableError(f"the C++ compiler {compiler[0]} fails: {result.stderr.strip()}")
 
 
 def toolkit() -> tuple[Path, str]:
@@ -88,15 +86,9 @@ def toolkit() -> tuple[Path, str]:
     if nvcc is None or not Path(nvcc).exists():
         raise NotBuildableError("there is no CUDA toolkit (CUDA_HOME, or nvcc on the PATH)")
     # `--dryrun` names the toolkit also where nvcc is a script or a link to another place.
-    dry = subprocess.run(
-        [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
-    listing = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    release = re.search(r"release (\d+\.\d+)", listing.stdout)
+    dry = _output([str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull])
+    top = re.search(r"^#\$ TOP=(.+)$", dry, re.MULTILINE)
+    release = re.search(r"release (\d+\.\d+)", _output([str(nvcc), "--version"]))
     if top is None or release is None:
         raise NotBuildableError(f"{nvcc} does not answer as a CUDA compiler does")
     return Path(top.group(1)).resolve(), release.group(1)
@@ -129,7 +121,8 @@ def with_cuda(mode: str, torch_cuda: str | None) -> bool:
     Raises:
         NotBuildableError: CUDA is asked for by name and cannot be had.
     """
-    if mode == "cpp" or not sources(".cu"):
+    has_sources = bool(sources(".cu"))
+    if mode == "cpp" or (mode == "auto" and not has_sources):
         return False
     try:
         home = cuda_home(torch_cuda)
@@ -140,7 +133,7 @@ def with_cuda(mode: str, torch_cuda: str | None) -> bool:
         return False
     os.environ["CUDA_HOME"] = str(home)
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
-    return True
+    return has_sources
 
 
 def extension_arguments() -> dict[str, object]:

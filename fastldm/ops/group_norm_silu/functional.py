@@ -38,7 +38,7 @@ def group_norm_silu(
     only the arguments and two numbers a group are kept.
 
     Args:
-        x: [B, C, *spatial], floating, any layout; no pixels or no samples are allowed.
+        x: [B, C, *spatial], floating, any layout; B may be 0.
         num_groups: divides C.
         weight, bias: [C], any floating dtype; 1 and 0 if None.
         eps: added to the variance.
@@ -158,9 +158,10 @@ def _check(
     scale: Tensor | None,
     shift: Tensor | None,
 ) -> None:
-    if x.ndim < 2 or not x.is_floating_point():
+    if x.ndim < 2 or 0 in x.shape[1:] or not x.is_floating_point():
         raise ConfigError(
-            f"x: got {_checks.describe(x)}; accepted: a floating tensor [B, C, *spatial]"
+            f"x: got {_checks.describe(x)}; accepted: a floating tensor [B, C, *spatial] "
+            "with at least one channel and one pixel"
         )
     batch, channels = x.shape[:2]
     if num_groups < 1 or channels % num_groups:

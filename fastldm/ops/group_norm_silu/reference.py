@@ -10,6 +10,8 @@ Computed in float32 (float64 for float64) and rounded once, at the end.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,7 +37,7 @@ def group_norm_silu_fwd(
     centre = None
     if has_channels_innermost(h):
         # For this layout ATen takes the variance as E[h²] − E[h]², which a mean of 0 makes exact.
-        centre = _group_means(_over_pixels(h) / max(_pixels(h), 1), num_groups).detach()
+        centre = _group_means(_over_pixels(h) / _pixels(h), num_groups).detach()
         h = h - per_channel(_to_channels(centre, h), h)
     y, mean, rstd = torch.native_group_norm(
         h, _to(weight, h), _to(bias, h), h.shape[0], h.shape[1], _pixels(h), num_groups, eps
@@ -88,7 +90,7 @@ def group_norm_silu_bwd(
         g = g * sigmoid * (1 + p * (1 - sigmoid))
     s0 = _over_pixels(g)
     s1 = _over_pixels(g * centred) * inverse
-    share = 1 / max(_pixels(h), 1)
+    share = 1 / _pixels(h)
     m0 = _to_channels(_group_means(a * s0 * share, num_groups), h)
     m1 = _to_channels(_group_means(a * s1 * share, num_groups), h)
     dh = (
@@ -124,10 +126,7 @@ def _to(value: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def _pixels(x: Tensor) -> int:
-    count = 1
-    for size in x.shape[2:]:
-        count *= size
-    return count
+    return math.prod(x.shape[2:])
 
 
 def _over_pixels(x: Tensor) -> Tensor:

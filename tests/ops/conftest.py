@@ -1,0 +1,67 @@
+"""The error oracle, layouts and poisoned memory that the operators' tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastldm.ops import _extension
+
+
+@pytest.fixture
+def assert_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
+    """At most twice the error of plain torch in the same dtype, plus 2 ulp of the largest value."""
+
+    def check(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
+        assert actual.shape == exact.shape
+        if not exact.numel():
+            return
+        error = (actual.double() - exact).abs().max().item()
+        allowed = 2 * (plain.double() - exact).abs().max().item()
+        allowed += 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+
+    return check
+
+
+@pytest.fixture
+def laid_out() -> Callable[[Tensor, str], Tensor]:
+    """The same values in another memory layout: contiguous, channels_last or sliced."""
+
+    def arrange(x: Tensor, layout: str) -> Tensor:
+        if layout == "channels_last":
+            return x.movedim(1, -1).contiguous().movedim(-1, 1)
+        if layout == "contiguous":
+            return x.contiguous()
+        if layout == "channels_last sliced":
+            wide = torch.full((*x.shape[:1], *x.shape[2:], 2 * x.shape[1]), torch.nan, dtype=x.dtype)
+            view = wide.movedim(-1, 1)[:, : x.shape[1]]
+        else:
+            wide = torch.full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), torch.nan, dtype=x.dtype)
+            view = wide[:, ::2]
+        return view.copy_(x)
+
+    return arrange
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """New uninitialised tensors hold NaN, or the largest integer."""
+    before = torch.are_deterministic_algorithms_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.fixture(params=["reference", "cpp"])
+def lookup_backend(request: pytest.FixtureRequest) -> str:
+    """Each backend of vector_quantize that can serve here."""
+    if request.param == "cpp" and _extension.problem():
+        pytest.skip(str(_extension.problem()))
+    return str(request.param)
