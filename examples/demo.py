@@ -26,14 +26,19 @@ SHOWN_CAPTIONS = 32
 BATCH = 50
 
 
-def train(output: Path, size: str, overrides: list[str]) -> LatentDiffusion:
+def train(output: Path, variant: str, overrides: list[str]) -> LatentDiffusion:
     """Train both stages, or go on with what an earlier run began."""
     autoencoder, cache, diffusion = output / "autoencoder", output / "latents", output / "ldm"
     first_stage = str(autoencoder / "final")
-    run("train-autoencoder", "autoencoder" if size == "cpu" else "autoencoder-gpu", f"--output_dir={autoencoder}", *overrides)
+    run(
+        "train-autoencoder",
+        f"autoencoder{variant}",
+        f"--output_dir={autoencoder}",
+        *overrides,
+    )
     run(
         "train-ldm",
-        "ldm" if size == "cpu" else "ldm-gpu",
+        f"ldm{variant}",
         f"--output_dir={diffusion}",
         f"--first_stage={first_stage}",
         f"--latent_cache={cache}",
@@ -125,8 +130,8 @@ def main() -> None:
     output: Path = arguments.output_dir
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
-    size = "gpu" if device == "cuda" else "cpu"
-    model = train(output, size, [*arguments.overrides, *overrides]).to(device)
+    variant = "-gpu" if device == "cuda" else ""
+    model = train(output, variant, [*arguments.overrides, *overrides]).to(device)
     resolution = model.unet.config.sample_size * model.first_stage.downsampling_factor
     data = DataConfig(source="emoji", resolution=resolution, crop="pad")
     quality = show_reconstructions(
