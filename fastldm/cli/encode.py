@@ -28,7 +28,7 @@ class EncodeConfig:
     flips: bool = False
     """Encode every image mirrored, too."""
     shard_size: int = 4096
-    """Images a file."""
+    """Images a file, rounded up to whole batches."""
     cpu: bool = False
     """Stay on the CPU although there is an accelerator."""
 

@@ -81,7 +81,7 @@ def encode_dataset(
         split: which images.
         batch_size: images encoded at once.
         flips: encode every image mirrored, too.
-        shard_size: images a file.
+        shard_size: images a file, rounded up to whole batches.
         device: where to encode.
         progress: show a progress bar.
 

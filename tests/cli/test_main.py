@@ -1,0 +1,145 @@
+"""Exit statuses and messages of the command line itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastldm import __version__, cli
+from fastldm.training.loop import Interrupted
+
+Run = Callable[..., str]
+
+
+def test_help_and_version(run: Run) -> None:
+    shown = run("--help")
+    assert all(command in shown for command in cli.COMMANDS)
+    assert run("--version").strip() == f"fastldm {__version__}"
+
+
+def test_every_command_has_its_module_and_help(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for command in cli.COMMANDS:
+        if command == "env":
+            continue
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"fastldm {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"]])
+def test_no_or_an_unknown_command(run: Run, arguments: list[str]) -> None:
+    shown = run(*arguments, status=2)
+    assert shown.count("\n") == 1
+    assert "fastldm --help" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.resolution", "large"], "data.resolution"),
+        (["--data.resolutoin", "32"], "--data.resolutoin"),
+        (["--loss.kl_wieght", "1"], "kl_wieght"),
+        (["--batch_size", "two"], "batch_size"),
+        (["--data.crop", "left"], "data.crop"),
+        (["--batch_size", "0"], "batch_size: expected an integer of at least 1"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--model.class_name", "os.system"], "model.class_name: expected one of AutoencoderKL"),
+        (["--model.config.chanels", "3"], "no config field 'chanels'"),
+        (["--data.resolution", "15"], "data.resolution: 15 is not a multiple of f = 2"),
+        (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(
+    run: Run, images: Path, first_stage_yaml: Path, tmp_path: Path, options: list[str],
+    expected: str,
+) -> None:  # fmt: skip
+    common = ["--output_dir", tmp_path / "out", "--data.source", images, "--data.resolution", 16]
+    shown = run("train-autoencoder", "--config", first_stage_yaml, *common, *options, status=2)
+    assert shown.count("\n") == 1, shown
+    assert shown.startswith("fastldm train-autoencoder: error: ")
+    assert expected in shown
+    assert "class '" not in shown
+
+
+def test_a_missing_value_is_named(run: Run) -> None:
+    shown = run("train-autoencoder", "--max_steps", 1, status=2)
+    assert shown.count("\n") == 1
+    assert "output_dir" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("batch_size: two\n", "batch_size"),
+        ("batchsize: 2\n", "batchsize"),
+        ("model: [1, 2\n", "config"),
+    ],
+)
+def test_a_wrong_file_is_one_line(run: Run, tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "wrong.yaml"
+    path.write_text(text)
+    shown = run("train-autoencoder", "--config", path, "--output_dir", tmp_path, status=2)
+    assert shown.count("\n") == 1, shown
+    assert expected in shown
+
+
+def test_an_interruption_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastldm.cli import encode
+
+    def interrupted(_: Any) -> None:
+        raise Interrupted("interrupted at step 7; go on with resume: latest")
+
+    monkeypatch.setattr(encode, "run", interrupted)
+    assert "step 7; go on with resume: latest" in run("encode", status=130)
+
+
+def test_a_missing_package_says_what_to_install(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastldm.cli import encode
+
+    def missing(_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+
+    monkeypatch.setattr(encode, "run", missing)
+    shown = run("encode", status=2)
+    assert "the package accelerate is not installed; pip install 'fastldm[train]'" in shown
+
+
+def test_a_missing_module_of_ours_is_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastldm.cli import encode
+
+    def missing(_: Any) -> None:
+        raise ModuleNotFoundError("No module named 'fastldm.nothing'", name="fastldm.nothing")
+
+    monkeypatch.setattr(encode, "run", missing)
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["encode"])
+
+
+def test_help_loads_neither_torch_nor_the_parser() -> None:
+    code = (
+        "import sys; from fastldm.cli import main; main(['--help']);"
+        "assert not {'torch', 'jsonargparse', 'accelerate', 'datasets'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_it_runs_as_a_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "fastldm.cli", "--version"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.startswith("fastldm ")
+
+
+def test_env_takes_no_options(run: Run) -> None:
+    assert "no options" in run("env", "--all", status=2)
