@@ -69,7 +69,7 @@ class ImageDataset(Dataset[dict[str, Any]]):
         self._epoch = shared_zeros(1)
         self._unreadable = shared_zeros(len(rows), torch.bool)
         self._cache: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
-        self._cache_room = config.cache_megabytes * 2**20 // max(1, config.num_workers)
+        self._cache_room = self._cache_size()
         self._first_tiles, self._tiled_sizes = self._check_headers()
 
     def __len__(self) -> int:
@@ -91,7 +91,10 @@ class ImageDataset(Dataset[dict[str, Any]]):
         raise DataError(f"{self._source.origin}: none of its {len(self._rows)} images is readable")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_cache_room": self._cache_size()}
+
+    def _cache_size(self) -> int:
+        return self.config.cache_megabytes * 2**20 // max(1, self.config.num_workers)
 
     @property
     def epoch(self) -> int:

@@ -70,8 +70,7 @@ class EpochBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = list(self.sampler)
         size = self.batch_size * self.num_processes
-        start, self.start_batch = self.start_batch, 0
-        for number in range(start, len(self)):
+        for number in range(self.start_batch, len(self)):
             batch = order[number * size : (number + 1) * size]
             if self.num_processes > 1 and len(batch) < size:
                 batch += (order * size)[: size - len(batch)]
@@ -98,7 +97,10 @@ class ImageDataLoader(DataLoader[dict[str, Any]]):
         return self.dataset.epoch
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch of the next iteration, and how many of its batches to pass over."""
+        """Choose the epoch to iterate over, and how many of its batches to pass over.
+
+        Both hold until an iteration reaches the end or this is called again.
+        """
         if epoch < 0 or start_batch < 0:
             raise ConfigError(
                 f"epoch and start_batch must not be negative, got {epoch} and {start_batch}"

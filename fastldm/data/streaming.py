@@ -64,7 +64,7 @@ class StreamingImageDataset(IterableDataset[dict[str, Any]]):
         return int(self._epoch.item())
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch, and how many batches of it to pass over in the next iteration."""
+        """Choose the epoch, and how many batches of it to pass over."""
         self._epoch.fill_(epoch)
         self._start_batch.fill_(start_batch)
 

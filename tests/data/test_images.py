@@ -295,6 +295,7 @@ def test_a_pickled_data_set_leaves_its_cache_behind(image_folder: Path) -> None:
     empty = len(pickle.dumps(dataset))
     before = dataset[1]["pixel_values"]
     copied = pickle.loads(pickle.dumps(dataset))
+    assert copied._cache_room == 1024 * 2**20
     assert len(pickle.dumps(dataset)) < empty + 100
     assert torch.equal(copied[1]["pixel_values"], before)
 

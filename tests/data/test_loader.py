@@ -187,3 +187,16 @@ def test_negative_positions_are_refused(image_folder: Path) -> None:
     loader = make_loader(image_folder)
     with pytest.raises(ConfigError, match="got -1 and 0"):
         loader.set_epoch(-1)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_iteration_that_was_broken_off_starts_again_where_it_began(
+    image_folder: Path, streaming: bool
+) -> None:
+    loader = make_loader(image_folder, 2, streaming=streaming)
+    loader.set_epoch(1, start_batch=3)
+    first = next(iter(loader))["name"]
+    rest = names_of(loader)
+    assert rest[0] == first
+    assert len(rest) == 3
+    assert len(names_of(loader)) == 6
