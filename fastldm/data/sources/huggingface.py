@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fastldm.data.sources.table import (
 )
 from fastldm.errors import DataError
 
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _TEST_SPLITS = ("test", "validation", "val", "valid")
 
 
@@ -160,16 +162,28 @@ def _classes(
 
 
 def _matching_files(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
-    from braceexpand import braceexpand
-
     expanded = Path(pattern).expanduser()
     if expanded.is_dir():
         files = [str(path) for path in expanded.rglob("*") if path.name.endswith(suffixes)]
     else:
-        files = [path for part in braceexpand(str(expanded)) for path in glob.glob(part)]
+        files = [path for part in expand_range(str(expanded)) for path in glob.glob(part)]
     if not files:
         raise DataError(f"{pattern}: no such files (looked for {', '.join(suffixes)})")
     return sorted(files)
+
+
+def expand_range(pattern: str) -> list[str]:
+    """``a-{08..10}.tar`` as a-08.tar, a-09.tar and a-10.tar, as webdataset writes shard names."""
+    found = _RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last = found.groups()
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    return [
+        path
+        for number in range(int(first), int(last) + 1)
+        for path in expand_range(f"{before}{number:0{len(first)}d}{after}")
+    ]
 
 
 def _guarded(origin: str, load: Any) -> Any:

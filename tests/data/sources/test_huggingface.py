@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from fastldm.data import DataConfig, ImageDataset, StreamingImageDataset, load_images
+from fastldm.data.sources.huggingface import expand_range
 from fastldm.errors import DataError
 
 Pixels = Callable[..., np.ndarray]
@@ -293,6 +294,12 @@ class TestWebdataset:
         (tmp_path / "bad.tar").write_text("not a tar")
         with pytest.raises(DataError, match=r"bad\.tar: cannot be read"):
             load(str(tmp_path / "bad.tar"))
+
+
+def test_ranges_of_shards() -> None:
+    assert expand_range("a-{08..10}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar"]
+    assert expand_range("{1..2}/{0..1}") == ["1/0", "1/1", "2/0", "2/1"]
+    assert expand_range("a*.tar") == ["a*.tar"]
 
 
 def write_tar(path: Path, files: dict[str, bytes]) -> None:
