@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ OPERATORS = ("group_norm_silu", "cross_attention", "vector_quantize", "ddim_step
 BACKENDS = ("triton", "cpp", "reference")
 """In the order in which "auto" tries them."""
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 _REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _logger = logging.getLogger("fastldm.ops")
 _reported: set[tuple[str, str, str]] = set()
@@ -115,22 +117,31 @@ def _vector_quantize_cpp(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -
         return f"it serves CPU tensors, z is on {z.device}"
     if z.dtype not in _REAL_DTYPES or codebook.dtype not in _REAL_DTYPES:
         return f"no kernel for z of {z.dtype} and a codebook of {codebook.dtype}"
-    return extension_problem()
+    return _extension_problem()
 
 
-@torch.compiler.assume_constant_result
-def extension_problem() -> str | None:
-    """`_extension.problem`, whose import of a library torch.compile could not trace."""
+def _constant_when_traced(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Have torch.compile call `function` while it traces, and keep the result.
+
+    torch.compiler.assume_constant_result does no more than this, but importing what it imports
+    loads Triton.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant_when_traced
+def _extension_problem() -> str | None:
     return _extension.problem()
 
 
 # Not functools.cache: torch.compile would look through it and trace the function itself.
-@torch.compiler.assume_constant_result
+@_constant_when_traced
 def _report_once(op_name: str, name: str, reason: str) -> None:
     if (op_name, name, reason) in _reported:
         return
     _reported.add((op_name, name, reason))
-    # No kernel written yet is no news; an extension that should be there is.
+    # That no kernel is written yet is no news; that the extension fails is.
     level = logging.WARNING if reason == _extension.problem() else logging.INFO
     _logger.log(level, "%s is not served by the %s backend: %s", op_name, name, reason)
 

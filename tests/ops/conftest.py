@@ -37,10 +37,12 @@ def laid_out() -> Callable[[Tensor, str], Tensor]:
         if layout == "contiguous":
             return x.contiguous()
         if layout == "channels_last sliced":
-            wide = torch.full((*x.shape[:1], *x.shape[2:], 2 * x.shape[1]), torch.nan, dtype=x.dtype)
+            wide = torch.full(
+                (*x.shape[:1], *x.shape[2:], 2 * x.shape[1]), torch.nan, dtype=x.dtype
+            )
             view = wide.movedim(-1, 1)[:, : x.shape[1]]
         else:
-            wide = torch.full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), torch.nan, dtype=x.dtype)
+            wide = x.new_full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), torch.nan)
             view = wide[:, ::2]
         return view.copy_(x)
 

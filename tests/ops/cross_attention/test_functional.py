@@ -164,7 +164,9 @@ def test_runs_are_bit_equal_and_every_element_is_written(poisoned_memory: None) 
     operands, upstream = _operands(torch.float32), torch.randn(3, 9, 2, 40)
     runs = [_with_gradients(cross_attention, operands, upstream) for _ in range(3)]
     for run in runs:
-        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(run, runs[0], strict=True))
+        assert all(
+            torch.equal(a, b) and a.isfinite().all() for a, b in zip(run, runs[0], strict=True)
+        )
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -203,7 +203,9 @@ def test_runs_are_bit_equal_and_every_element_is_written(poisoned_memory: None) 
     upstream = torch.randn(2, 24, 5, 3)
     runs = [_with_gradients(lambda o: _fused(o, 4, "silu"), operands, upstream) for _ in range(3)]
     for run in runs:
-        assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(run, runs[0], strict=True))
+        assert all(
+            torch.equal(a, b) and a.isfinite().all() for a, b in zip(run, runs[0], strict=True)
+        )
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
