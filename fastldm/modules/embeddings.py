@@ -96,10 +96,8 @@ class GaussianFourierProjection(nn.Module):
         """[N] → [N, 2·embedding_size] in the dtype of the frequencies and x, float32 at least."""
         x = torch.log(x) if self.log else x
         phases = x[:, None] * self.weight[None] * 2 * math.pi
-        pair = (
-            (phases.cos(), phases.sin()) if self.flip_sin_to_cos else (phases.sin(), phases.cos())
-        )
-        return torch.cat(pair, dim=-1)
+        pair = (phases.sin(), phases.cos())
+        return torch.cat(pair[::-1] if self.flip_sin_to_cos else pair, dim=-1)
 
 
 class TimestepEmbedding(nn.Module):

@@ -282,7 +282,7 @@ FIELDS_2D: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, 
     "mid scale": ({"mid_block_scale_factor": 1.4}, unconditional),
     "gelu": ({"act_fn": "gelu", "time_embedding_dim": 20}, unconditional),
     "centred": ({"center_input_sample": True}, unconditional),
-    "three channels in a row": ({"layers_per_block": 3}, unconditional),
+    "three layers": ({"layers_per_block": 3}, unconditional),
 }
 FIELDS_CROSS: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], dict[str, Any]]]] = {
     "projected classes": (
