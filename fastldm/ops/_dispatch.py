@@ -141,8 +141,9 @@ def _report_once(op_name: str, name: str, reason: str) -> None:
     if (op_name, name, reason) in _reported:
         return
     _reported.add((op_name, name, reason))
-    # That no kernel is written yet is no news; that the extension fails is.
-    level = logging.WARNING if reason == _extension.problem() else logging.INFO
+    # That there is no kernel, or none for this device, is no news; that the extension fails is.
+    fails = (op_name, name) in _PREDICATES and reason == _extension.problem()
+    level = logging.WARNING if fails else logging.INFO
     _logger.log(level, "%s is not served by the %s backend: %s", op_name, name, reason)
 
 
