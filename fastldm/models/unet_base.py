@@ -63,10 +63,10 @@ class UNetOptions:
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
-        for name in ("down_block_types", "up_block_types"):
-            check_length(name, getattr(self, name), levels)
         if levels == 0:
             raise ConfigError("block_out_channels: expected at least one level, got none")
+        for name in ("down_block_types", "up_block_types"):
+            check_length(name, getattr(self, name), levels)
         for name in ("downsample_type", "upsample_type"):
             check_choice(name, getattr(self, name), RESAMPLING_TYPES)
 

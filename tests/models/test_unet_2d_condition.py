@@ -32,6 +32,12 @@ ALL_CROSS = {
     "up_block_types": ["CrossAttnUpBlock2D"] * 2,
 }
 
+ONE_LEVEL = {
+    "block_out_channels": [8],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+}
+
 
 def tiny(**changes: Any) -> UNet2DConditionModel:
     torch.manual_seed(0)
@@ -176,11 +182,7 @@ def test_masked_tokens_have_no_influence() -> None:
 
 
 def test_masked_pixels_have_no_influence_through_self_attention() -> None:
-    model = tiny(
-        block_out_channels=[8],
-        down_block_types=["CrossAttnDownBlock2D"],
-        up_block_types=["CrossAttnUpBlock2D"],
-    )
+    model = tiny(**ONE_LEVEL)
     theirs = diffusers.UNet2DConditionModel.from_config(model.config).eval()
     theirs.load_state_dict(model.state_dict())
     mask = (torch.arange(64) < 40).expand(2, 64)
@@ -256,7 +258,7 @@ def test_gradient_checkpointing_keeps_less_and_changes_nothing() -> None:
 def test_compiles_into_one_graph_for_every_size() -> None:
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    model = tiny()
+    model = tiny(**ONE_LEVEL)
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for batch, side, length in ((2, 8, 5), (3, 12, 7), (4, 16, 9)):
         sample, timestep = torch.randn(batch, 4, side, side), torch.arange(batch)
@@ -279,7 +281,7 @@ def test_compiles_into_one_graph_for_every_size() -> None:
 
 def test_compiled_gradients() -> None:
     torch._dynamo.reset()
-    model, upstream = tiny(mid_block_type=None).train(), torch.randn(2, 4, 8, 8)
+    model, upstream = tiny(**ONE_LEVEL, mid_block_type=None).train(), torch.randn(2, 4, 8, 8)
     expected = gradients(model, upstream)
     model.enable_gradient_checkpointing()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
