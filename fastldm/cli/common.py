@@ -1,11 +1,10 @@
-"""What several commands need: device, models from either kind of folder, images to files."""
+"""What several commands need: the device, images to files, errors of the disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 from fastldm.errors import FastLDMError, TrainingError
 from fastldm.storage import atomic_file
 from fastldm.training.checkpointing import is_write_error, write_error_reason
-from fastldm.training.registry import load_first_stage
 
 _MODEL_INDEX = "model_index.json"
 _CHANNELS_OF_PNG = (1, 3, 4)
@@ -30,18 +28,6 @@ def default_device(cpu: bool) -> torch.device:
 def is_latent_diffusion(folder: str | Path) -> bool:
     """Whether a folder holds both stages."""
     return Path(folder, _MODEL_INDEX).is_file()
-
-
-def load_autoencoder(folder: str | Path) -> Any:
-    """The first stage of a folder that holds it alone or with a second stage.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    if is_latent_diffusion(folder):
-        names = [name for name in ("vae", "vqvae") if Path(folder, name).is_dir()]
-        return load_first_stage(folder, *names[:1])
-    return load_first_stage(folder)
 
 
 def save_image(image: Tensor, path: Path) -> None:

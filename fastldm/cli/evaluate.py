@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastldm.cli.common import default_device, is_latent_diffusion, load_autoencoder
+from fastldm.cli.common import default_device, is_latent_diffusion
 from fastldm.cli.parsing import parse_config
 from fastldm.data.config import DataConfig
 from fastldm.errors import ConfigError
@@ -100,9 +100,10 @@ def _measure_reconstructions(config: EvaluateConfig) -> dict[str, float]:
     from fastldm.metrics import LPIPS, FrechetInceptionDistance, ReconstructionMetrics
     from fastldm.models import VQModel
     from fastldm.training.latent_source import check_resolution
+    from fastldm.training.registry import load_first_stage
 
     device = default_device(config.cpu)
-    model = load_autoencoder(config.model).to(device)
+    model = load_first_stage(config.model).to(device)
     check_resolution(config.data, model)
     is_vq = isinstance(model, VQModel)
     metrics = ReconstructionMetrics(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastldm.cli.common import default_device, load_autoencoder, save_image, write_errors
+from fastldm.cli.common import default_device, save_image, write_errors
 from fastldm.cli.parsing import parse_config
 from fastldm.data.config import DataConfig
 from fastldm.errors import ConfigError
@@ -50,10 +50,11 @@ def run(arguments: Sequence[str]) -> None:
     from fastldm.data import save_image_grid
     from fastldm.metrics import psnr
     from fastldm.training.latent_source import check_resolution
+    from fastldm.training.registry import load_first_stage
     from fastldm.training.validation import fixed_items
 
     device = default_device(config.cpu)
-    model = load_autoencoder(config.model).to(device)
+    model = load_first_stage(config.model).to(device)
     check_resolution(config.data, model)
     if config.tiling:
         model.enable_tiling()

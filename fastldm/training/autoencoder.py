@@ -155,7 +155,7 @@ class AutoencoderTrainer:
 
     def _add_discriminator(self, rate: float) -> None:
         config, environment = self.config, self.environment
-        channels = self.config.model.config.get("out_channels", 3)
+        channels = self.model.config["out_channels"]
         settings = {"in_channels": channels, **config.discriminator.config}
         wanted = ModelConfig(
             config.discriminator.class_name, settings, config.discriminator.pretrained

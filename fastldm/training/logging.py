@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastldm.storage import atomic_file
+
+_EVENTS = "tensorboard"
 
 
 class MetricsLogger:
@@ -31,11 +34,13 @@ class MetricsLogger:
         self._drop_after(start_step)
         self._file = self.path.open("a", encoding="utf-8")
         self._events: Any = None
+        if start_step == 0:
+            shutil.rmtree(output_dir / _EVENTS, ignore_errors=True)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._events = SummaryWriter(
-                str(output_dir / "tensorboard"), purge_step=start_step + 1 if start_step else None
+                str(output_dir / _EVENTS), purge_step=start_step + 1 if start_step else None
             )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:

@@ -35,6 +35,8 @@ from fastldm.training.logging import MeanOfLogs, MetricsLogger, ProgressBar, for
 logger = logging.getLogger(__name__)
 
 FINAL = "final"
+_DECIDE_THE_ORDER = ("data", "seed", "batch_size", "gradient_accumulation_steps")
+"""Fields that a resumed run should share with the one that it goes on from."""
 
 
 class Trainer(Protocol):
@@ -199,7 +201,8 @@ class _Run:
         if metrics is not None:
             values = self.trainer.validate()
             if values:
-                metrics.log(self.budget.step, values)
+                with _write_errors(str(metrics.path)):
+                    metrics.log(self.budget.step, values)
                 shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
                 logger.info("step %d: %s", self.budget.step, shown)
 
@@ -250,6 +253,10 @@ class _Run:
                 "%s was written by %d processes and is read by %d: dropout will differ",
                 checkpoint, len(states), self.environment.num_processes,
             )  # fmt: skip
+        then, now = state["config"], to_plain(self.config)
+        changed = [name for name in _DECIDE_THE_ORDER if then.get(name) != now.get(name)]
+        if changed:
+            logger.warning("%s was written with another %s", checkpoint, ", ".join(changed))
         self.budget.restart(state["step"], state["elapsed_seconds"])
         self.saved_step = state["step"]
         logger.info("resumed from %s", checkpoint)

@@ -59,13 +59,19 @@ def build(model: ModelConfig, accepted: Collection[str], field: str) -> Any:
         raise ConfigError(f"{field}.config: a value has the wrong type ({error})") from None
 
 
-def load_first_stage(folder: str | Path, subfolder: str | None = None) -> Any:
+def load_first_stage(folder: str | Path) -> Any:
     """The autoencoder of a folder, of the class that its config names.
+
+    Args:
+        folder: of the autoencoder alone, or of a latent diffusion model that has it in ``vae`` or
+            ``vqvae``.
 
     Raises:
         CheckpointError: the folder or its weights are missing or damaged.
         ConfigError: the config names no first stage.
     """
+    inside = [name for name in ("vae", "vqvae") if Path(folder, name, "config.json").is_file()]
+    subfolder = inside[0] if inside and Path(folder, "model_index.json").is_file() else None
     path = Path(folder, subfolder or "", "config.json")
     config = read_json(path)
     name = config.get("_class_name") if isinstance(config, dict) else None

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from PIL import Image
+
+import fastldm.metrics
 
 Run = Callable[..., str]
 
@@ -141,3 +144,43 @@ def test_a_stale_cache_is_one_line(
     )  # fmt: skip
     assert "stale latent cache" in shown
     assert shown.count("\n") == 1
+
+
+class CountingDistance:
+    """In place of the FID, whose Inception weights are not at hand: counts what it is given."""
+
+    def __init__(self, weights: object, **_: object) -> None:
+        self.counts = [0, 0]
+
+    def update_reference(self, images: Any) -> None:
+        self.counts[0] += len(images)
+
+    def update(self, images: Any) -> None:
+        assert images.min() >= -1
+        assert images.max() <= 1
+        self.counts[1] += len(images)
+
+    def compute(self) -> float:
+        return self.counts[0] + self.counts[1] / 100
+
+
+def test_fid_is_of_as_many_samples_as_asked_for(
+    run: Run, data: tuple[object, ...], first_stage_yaml: Path, second_stage_yaml: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("fastldm.metrics.fid.FrechetInceptionDistance", CountingDistance)
+    monkeypatch.delitem(vars(fastldm.metrics), "FrechetInceptionDistance", raising=False)
+    model = run(
+        "train-autoencoder", "--config", first_stage_yaml, "--output_dir", tmp_path / "a", *data
+    ).strip()
+    second = run(
+        "train-ldm", "--config", second_stage_yaml, "--first_stage", model, *data, *CLASSES,
+        "--output_dir", tmp_path / "b",
+    ).strip()  # fmt: skip
+    figures = json.loads(
+        run("evaluate", "--model", second, *data, "--split", "train", "--num_images", 5, "--rfid",
+            "true", "--fid_samples", 7, "--num_inference_steps", 2, "--batch_size", 2,
+            "--cpu", "true")
+    )  # fmt: skip
+    assert figures["rfid"] == pytest.approx(5.05)
+    assert figures["fid"] == pytest.approx(5.07)

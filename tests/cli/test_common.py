@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastldm.cli.common import default_device, load_autoencoder, save_image, write_errors
-from fastldm.errors import CheckpointError, DataError, TrainingError
+from fastldm.cli.common import default_device, save_image, write_errors
+from fastldm.errors import DataError, TrainingError
 
 
 @pytest.mark.parametrize(
@@ -41,8 +41,3 @@ def test_only_write_errors_are_translated() -> None:
         raise DataError("an image")
     with pytest.raises(KeyError), write_errors("out"):
         raise KeyError("a bug")
-
-
-def test_a_folder_without_a_model(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such file"):
-        load_autoencoder(tmp_path)

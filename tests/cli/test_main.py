@@ -141,5 +141,11 @@ def test_it_runs_as_a_module() -> None:
     assert result.stdout.startswith("fastldm ")
 
 
+def test_env_shows_versions_and_backends(run: Run) -> None:
+    shown = run("env")
+    assert "torch" in shown
+    assert "group_norm_silu" in shown
+
+
 def test_env_takes_no_options(run: Run) -> None:
     assert "no options" in run("env", "--all", status=2)

@@ -176,6 +176,44 @@ def test_a_stale_cache_is_refused(
         train_latent_diffusion(replace(config, data=data(holdout_fraction=0.5), overwrite=True))
 
 
+def test_classes_can_go_through_the_unet(diffusion_config: Make, tmp_path: Path) -> None:
+    plain = diffusion_config().unet
+    config = diffusion_config(
+        conditioning="class", conditioner=None, unet=plain, latent_cache=str(tmp_path / "latents")
+    )
+    model = LatentDiffusion.from_pretrained(train_latent_diffusion(config))
+    assert model.unet.config["num_class_embeds"] == 4
+    images = model.sample(
+        class_labels=[0, 2], num_inference_steps=2, guidance_scale=2.0, size=(16, 16)
+    )
+    assert images.shape == (2, 3, 16, 16)
+
+
+def test_classes_are_required(diffusion_config: Make, data: Any, tmp_path: Path) -> None:
+    from PIL import Image
+
+    for number in range(8):
+        Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    config = diffusion_config(conditioning="class", data=data(source=str(tmp_path)))
+    with pytest.raises((ConfigError, DataError), match="class"):
+        train_latent_diffusion(config)
+
+
+def test_a_tokenizer_can_be_given(diffusion_config: Make) -> None:
+    first = train_latent_diffusion(diffusion_config("first", conditioning="crossattn"))
+    config = diffusion_config("second", conditioning="crossattn")
+    config.tokenizer.pretrained = str(first / "tokenizer")
+    second = train_latent_diffusion(config)
+    texts = [(folder / "tokenizer/tokenizer.json").read_text() for folder in (first, second)]
+    assert texts[0] == texts[1]
+
+
+def test_cross_attention_needs_a_conditioner(diffusion_config: Make) -> None:
+    config = replace(diffusion_config(conditioning="crossattn"), conditioner=None)
+    with pytest.raises(ConfigError, match="conditioner: 'crossattn' needs a TextEncoder"):
+        train_latent_diffusion(config)
+
+
 def test_captions_are_required_for_a_text_encoder(
     diffusion_config: Make, data: Any, images: Path
 ) -> None:

@@ -140,7 +140,8 @@ def test_a_checkpoint_of_other_processes_can_be_read(
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["random.pt"] = (folder / "random.pt").stat().st_size
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    train_autoencoder(replace(config, max_steps=4, resume="latest"))
+    train_autoencoder(replace(config, max_steps=4, resume="latest", seed=1))
+    assert "written with another seed" in caplog.text
     assert "written by 2 processes and is read by 1" in caplog.text
     assert len(load_weights(Path(config.output_dir, "checkpoint-4", "model.safetensors"))) > 0
 

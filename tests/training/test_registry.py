@@ -58,6 +58,12 @@ def test_pretrained_weights_are_taken(tmp_path: Path) -> None:
     assert isinstance(load_first_stage(tmp_path), VQModel)
 
 
+def test_the_first_stage_of_a_latent_diffusion_model(tmp_path: Path) -> None:
+    AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path / "vae")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert isinstance(load_first_stage(tmp_path), AutoencoderKL)
+
+
 def test_a_folder_without_a_first_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such file"):
         load_first_stage(tmp_path)
