@@ -74,6 +74,7 @@ def _group_norm_silu_bwd(
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
     silu: bool,
     channel_add: Tensor | None,
     residual: Tensor | None,
@@ -129,7 +130,7 @@ _define(
 # `wanted` has one entry for each output, in order; the residual's gradient is that of x.
 _define(
     "group_norm_silu_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, int num_groups, "
-    "Tensor? weight, Tensor? bias, bool silu, Tensor? channel_add, Tensor? residual, "
+    "Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? channel_add, Tensor? residual, "
     "Tensor? scale, Tensor? shift, bool[] wanted, *, str backend) -> (Tensor x, Tensor weight, "
     "Tensor bias, Tensor channel_add, Tensor scale, Tensor shift)",
     _group_norm_silu_bwd,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastldm.ops import _extension
+from fastldm.ops import _dispatch, _extension, _schema
 
 
 @pytest.fixture
@@ -47,6 +47,19 @@ def laid_out() -> Callable[[Tensor, str], Tensor]:
         return view.copy_(x)
 
     return arrange
+
+
+@pytest.fixture(params=["formula", "raw"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways through a functional whose reference is differentiable by itself.
+
+    "raw" is the way of a kernel, through the raw operators and their autograd function, here with
+    the reference's kernels behind a backend of another name.
+    """
+    if request.param == "raw":
+        monkeypatch.setitem(_schema._MODULE_OF_BACKEND, "stand-in", "reference")
+        monkeypatch.setattr(_dispatch, "choose", lambda *_, **__: "stand-in")
+    return str(request.param)
 
 
 @pytest.fixture

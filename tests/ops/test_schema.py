@@ -29,7 +29,7 @@ def _norm_cases() -> list[Case]:
                 w, b, a, r, s, t = rest
                 cases.append(("group_norm_silu", "fwd", (x, 4, w, b, 1e-5, True, a, r, s, t)))
                 wanted = [True, *(value is not None for value in (w, b, a, s, t))]
-                arguments = (grad, x, mean, rstd, 4, w, b, True, a, r, s, t, wanted)
+                arguments = (grad, x, mean, rstd, 4, w, b, 1e-5, True, a, r, s, t, wanted)
                 cases.append(("group_norm_silu", "bwd", arguments))
     return cases
 

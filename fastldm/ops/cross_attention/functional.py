@@ -24,8 +24,9 @@ def cross_attention(
 
     ``softmax(scale·q·kᵀ)·v`` for each sample and head. Sums and the softmax are in float32
     (float64 for float64). Under autocast, operands that are not float64 are cast to its dtype, as
-    by torch's scaled_dot_product_attention. Differentiable to any order in q, k and v; the
-    backward of the reference backend takes memory for B·H·Lq·Lk scores.
+    by torch's scaled_dot_product_attention. Differentiable in q, k and v. The reference backend is
+    that function, whose fused kernels refuse second derivatives; they are to be had inside
+    ``torch.nn.attention.sdpa_kernel(SDPBackend.MATH)``.
 
     Args:
         q: [B, Lq, H, D], floating, any strides.
@@ -46,9 +47,9 @@ def cross_attention(
     _check(q, k, v, key_mask)
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     backend = _dispatch.choose("cross_attention", q, k, v, key_mask=key_mask)
-    if backend == "reference" and torch.compiler.is_compiling():
-        # The compiler knows scaled_dot_product_attention and its backward; a raw operator it does
-        # not, so it could not choose the memory formats of what surrounds it.
+    if backend == "reference":
+        # Plain torch, not the raw operator: scaled_dot_product_attention has fused kernels and a
+        # fused backward of its own, which the compiler knows, too.
         return reference.cross_attention_fwd(q, k, v, factor, key_mask)
     result: Tensor = _CrossAttention.apply(q, k, v, factor, key_mask, backend)
     return result

@@ -34,8 +34,7 @@ def group_norm_silu(
 
     `channel_add` is where a residual block adds its time embedding; `scale` and `shift` are AdaGN
     (2105.05233, section 3). Statistics are in float32 (float64 for float64), also under autocast,
-    which has no effect here. Differentiable to any order in every tensor; for the first derivative
-    only the arguments and two numbers a group are kept.
+    which has no effect here. Differentiable to any order in every tensor.
 
     Args:
         x: [B, C, *spatial], floating, any layout; B may be 0.
@@ -59,9 +58,10 @@ def group_norm_silu(
     backend = _dispatch.choose("group_norm_silu", x, num_groups)
     silu = activation == "silu"
     operands = (weight, bias, channel_add, residual, scale, shift)
-    if backend == "reference" and torch.compiler.is_compiling():
-        # Behind a raw operator the compiler would see a black box; the plain formula it fuses with
-        # the convolutions' biases and the additions around it, and it derives the backward.
+    if backend == "reference":
+        # The plain formula, not the raw operator: torch's own autograd of it is faster, eager, than
+        # a second trip through Python, and the compiler fuses it with the convolutions' biases and
+        # the additions around it, where a raw operator would be a black box.
         return _formula(x, *operands, num_groups=num_groups, eps=eps, silu=silu)
     result: Tensor = _GroupNormSiLU.apply(x, *operands, num_groups, eps, silu, backend)
     return result
@@ -123,8 +123,8 @@ class _GroupNormSiLU(torch.autograd.Function):
             need_x or need_residual, need_weight, need_bias, need_add, need_scale, need_shift
         ]  # fmt: skip
         found = torch.ops.fastldm.group_norm_silu_bwd(
-            grad_y, x, mean, rstd, ctx.num_groups, weight, bias, ctx.silu, channel_add, residual,
-            scale, shift, wanted, backend=ctx.backend,
+            grad_y, x, mean, rstd, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, channel_add,
+            residual, scale, shift, wanted, backend=ctx.backend,
         )  # fmt: skip
         dx, dweight, dbias, dadd, dscale, dshift = (
             gradient if want else None for gradient, want in zip(found, wanted, strict=True)

@@ -34,23 +34,9 @@ def group_norm_silu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the layout of x; μ and 1/√(σ² + eps), [B, num_groups]. y is differentiable."""
     h = _normalised_input(x, channel_add, residual)
-    centre = None
-    if has_channels_innermost(h):
-        # For this layout ATen takes the variance as E[h²] − E[h]², which a mean of 0 makes exact.
-        centre = _group_means(_over_pixels(h) / _pixels(h), num_groups).detach()
-        h = h - per_channel(_to_channels(centre, h), h)
-    y, mean, rstd = torch.native_group_norm(
-        h, _to(weight, h), _to(bias, h), h.shape[0], h.shape[1], _pixels(h), num_groups, eps
-    )
-    if centre is not None:
-        mean = mean + centre
-    if scale is not None:
-        y = y * per_channel(1 + scale.to(h.dtype), h)
-    if shift is not None:
-        y = y + per_channel(shift.to(h.dtype), h)
-    if silu:
-        y = F.silu(y)
-    return with_layout_of(y.to(x.dtype), x), mean, rstd
+    n, mean, rstd = _normalise(h, num_groups, weight, bias, eps)
+    p = _modulate(n, scale, shift)
+    return with_layout_of((F.silu(p) if silu else p).to(x.dtype), x), mean, rstd
 
 
 def group_norm_silu_bwd(
@@ -61,6 +47,7 @@ def group_norm_silu_bwd(
     num_groups: int,
     weight: Tensor | None,
     bias: Tensor | None,
+    eps: float,
     silu: bool,
     channel_add: Tensor | None,
     residual: Tensor | None,
@@ -68,48 +55,59 @@ def group_norm_silu_bwd(
     shift: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, ...]:
-    """Gradients of x, weight, bias, channel_add, scale and shift, from the saved statistics.
-
-    With a = weight·(1 + scale), g = ∂L/∂p, and sums over the pixels of a channel::
-
-        s₀ = Σ g      s₁ = Σ g·x̂
-        ∂L/∂h = (a·g − mean_group(a·g) − x̂·mean_group(a·g·x̂))/√(σ² + eps)
-    """
+    """Gradients of x, weight, bias, channel_add, scale and shift; n and p are computed anew."""
+    need_x, need_weight, need_bias, need_add, need_scale, _ = wanted
     h = _normalised_input(x, channel_add, residual)
-    centred = h - per_channel(_to_channels(mean, h), h)
-    inverse = _to_channels(rstd, h)
-    gain = 1 if scale is None else 1 + scale.to(h.dtype)
-    w = h.new_ones(h.shape[1]) if weight is None else weight.to(h.dtype)
-    b = h.new_zeros(h.shape[1]) if bias is None else bias.to(h.dtype)
-    a = (w * gain).expand(h.shape[:2])
     g = grad_y.to(h.dtype)
+    n = h
+    if silu or need_scale:
+        n, _, _ = _normalise(h, num_groups, weight, bias, eps)
     if silu:
-        offset = b * gain if shift is None else b * gain + shift.to(h.dtype)
-        p = centred * per_channel(inverse * a, h) + per_channel(offset, h)
-        sigmoid = p.sigmoid()
-        g = g * sigmoid * (1 + p * (1 - sigmoid))
-    s0 = _over_pixels(g)
-    s1 = _over_pixels(g * centred) * inverse
-    share = 1 / _pixels(h)
-    m0 = _to_channels(_group_means(a * s0 * share, num_groups), h)
-    m1 = _to_channels(_group_means(a * s1 * share, num_groups), h)
-    dh = (
-        g * per_channel(inverse * a, h)
-        - centred * per_channel(inverse.square() * m1, h)
-        - per_channel(inverse * m0, h)
-    )
+        g = torch.ops.aten.silu_backward(g, _modulate(n, scale, shift))
+    dscale, dshift = (_over_pixels(g * n) if need_scale else None), _over_pixels(g)
+    dn = g if scale is None else g * per_channel(1 + scale.to(h.dtype), h)
+    dh, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+        with_layout_of(dn, h), h, mean, rstd, _to(weight, h), h.shape[0], h.shape[1], _pixels(h),
+        num_groups, [need_x or need_add, need_weight, need_bias],
+    )  # fmt: skip
     gradients = (
-        (x, lambda: with_layout_of(dh.to(x.dtype), x)),
-        (weight, lambda: (s1 * gain).sum(0)),
-        (bias, lambda: (s0 * gain).sum(0)),
-        (channel_add, lambda: _over_pixels(dh)),
-        (scale, lambda: s1 * w + s0 * b),
-        (shift, lambda: s0),
+        (x, with_layout_of(dh, x) if need_x else None),
+        (weight, dweight),
+        (bias, dbias),
+        (channel_add, _over_pixels(dh) if need_add else None),
+        (scale, dscale),
+        (shift, dshift),
     )
     return tuple(
-        compute().to(like.dtype) if want and like is not None else x.new_empty(0)
-        for want, (like, compute) in zip(wanted, gradients, strict=True)
+        gradient.to(like.dtype)
+        if want and like is not None and gradient is not None
+        else x.new_empty(0)
+        for want, (like, gradient) in zip(wanted, gradients, strict=True)
     )
+
+
+def _normalise(
+    h: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """n, μ and 1/√(σ² + eps)."""
+    centre = None
+    if has_channels_innermost(h):
+        # For this layout ATen takes the variance as E[h²] − E[h]², which a mean of 0 makes exact.
+        centre = _group_means(_over_pixels(h) / _pixels(h), num_groups).detach()
+        h = h - per_channel(_to_channels(centre, h), h)
+    n, mean, rstd = torch.native_group_norm(
+        h, _to(weight, h), _to(bias, h), h.shape[0], h.shape[1], _pixels(h), num_groups, eps
+    )
+    return n, (mean if centre is None else mean + centre), rstd
+
+
+def _modulate(n: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """p, from n."""
+    if scale is not None:
+        n = n * per_channel(1 + scale.to(n.dtype), n)
+    if shift is not None:
+        n = n + per_channel(shift.to(n.dtype), n)
+    return n
 
 
 def _normalised_input(x: Tensor, channel_add: Tensor | None, residual: Tensor | None) -> Tensor:

@@ -71,6 +71,7 @@ def _with_gradients(
     return [y.detach(), *torch.autograd.grad(y, list(leaves.values()), upstream.to(y.dtype))]
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("names", [(), ("weight", "bias"), EVERY_OPTION], ids=len)
@@ -100,6 +101,7 @@ def test_output_and_every_gradient(
             assert_accurate(got, same_dtype, truth)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((1, 320, 3, 3), 32), ((3, 6), 3), ((2, 6, 7), 2), ((1, 8, 2, 3, 2), 4), ((2, 12, 1, 1), 4),
@@ -116,6 +118,7 @@ def test_shapes(shape: tuple[int, ...], groups: int, layout: str, laid_out: Any)
         torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10, equal_nan=True)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layout_is_kept(layout: str, laid_out: Any) -> None:
     x = laid_out(torch.randn(2, 8, 3, 5), layout).requires_grad_()
@@ -126,6 +129,7 @@ def test_layout_is_kept(layout: str, laid_out: Any) -> None:
     assert dx.is_contiguous(memory_format=expected)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("ratio", [100.0, 4000.0])
 def test_mean_far_above_the_deviation(layout: str, ratio: float, laid_out: Any) -> None:
@@ -137,6 +141,7 @@ def test_mean_far_above_the_deviation(layout: str, ratio: float, laid_out: Any) 
     assert (actual - exact).abs().max() <= 4 * ratio * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_nonfinite_values_stay_in_their_group(value: float, layout: str, laid_out: Any) -> None:
@@ -147,12 +152,14 @@ def test_nonfinite_values_stay_in_their_group(value: float, layout: str, laid_ou
     assert not finite[1, 2:4].any()
 
 
+@pytest.mark.usefixtures("path")
 def test_half_precision_near_overflow() -> None:
     x = torch.randn(1, 8, 4, 4).clamp(-1, 1).half() * 60000
     exact = _naive({"x": x.double()}, 2, "silu", False)
     torch.testing.assert_close(group_norm_silu(x, 2).double(), exact, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_gradcheck_of_both_orders(layout: str, laid_out: Any) -> None:
     operands = _operands((2, 4, 2, 2), EVERY_OPTION, torch.float64)
@@ -166,12 +173,14 @@ def test_gradcheck_of_both_orders(layout: str, laid_out: Any) -> None:
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.usefixtures("path")
 def test_one_tensor_as_input_and_residual() -> None:
     x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: group_norm_silu(x, 2, residual=x), (x,))
     assert torch.autograd.gradgradcheck(lambda x: group_norm_silu(x, 2, residual=x), (x,))
 
 
+@pytest.mark.usefixtures("path")
 def test_some_gradients_only() -> None:
     x, weight, scale = torch.randn(2, 4, 3, 3), torch.randn(4), torch.randn(2, 4)
     upstream = torch.randn_like(x)
@@ -184,6 +193,7 @@ def test_some_gradients_only() -> None:
     assert torch.equal(only, both)
 
 
+@pytest.mark.usefixtures("path")
 def test_mixed_dtypes_and_autocast() -> None:
     """float32 weights beside a bfloat16 input, as mixed precision has them."""
     operands = _operands((2, 8, 3, 3), EVERY_OPTION, torch.float32)
@@ -198,6 +208,7 @@ def test_mixed_dtypes_and_autocast() -> None:
     assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
 
 
+@pytest.mark.usefixtures("path")
 def test_runs_are_bit_equal_and_every_element_is_written(poisoned_memory: None) -> None:
     operands = _operands((2, 24, 5, 3), EVERY_OPTION, torch.float32)
     upstream = torch.randn(2, 24, 5, 3)
@@ -208,6 +219,7 @@ def test_runs_are_bit_equal_and_every_element_is_written(poisoned_memory: None) 
         )
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_compiled_once_for_every_size(layout: str, laid_out: Any) -> None:
     torch._dynamo.reset()
