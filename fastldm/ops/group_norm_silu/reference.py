@@ -116,7 +116,10 @@ def _normalised_input(x: Tensor, channel_add: Tensor | None, residual: Tensor | 
         h = h + per_channel(channel_add.to(h.dtype), h)
     if residual is not None:
         h = h + residual.to(h.dtype)
-    return h
+    # ATen's kernels take channels_last on the CPU alone, and not the strides of a slice.
+    if h.device.type == "cpu" and h.ndim in (4, 5):
+        return with_layout_of(h, h)
+    return h.contiguous()
 
 
 def _to(value: Tensor | None, like: Tensor) -> Tensor | None:
