@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import BackendUnavailableError, ConfigError
-from fastldm.ops import _extension
+from fastldm.ops import _extension, _triton
 
 OPERATORS = ("group_norm_silu", "cross_attention", "vector_quantize", "ddim_step", "ddpm_step")
 BACKENDS = ("triton", "cpp", "reference")
@@ -26,6 +26,7 @@ BACKENDS = ("triton", "cpp", "reference")
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _logger = logging.getLogger("fastldm.ops")
 _reported: set[tuple[str, str, str]] = set()
 _requested: ContextVar[str] = ContextVar("fastldm_backend", default="auto")
@@ -112,6 +113,18 @@ def why_not(op_name: str, name: str, *args: Any, **kwargs: Any) -> str | None:
     return predicate(*args, **kwargs)
 
 
+def _why_not_triton(name: str, x: Tensor) -> str | None:
+    """What every Triton kernel asks of its first argument."""
+    if x.dtype not in _TRITON_DTYPES:
+        return f"no kernel for {name} of {x.dtype}"
+    if x.device.type == "cuda":
+        return _triton_problem()
+    # The interpreter is a test's: it has to be asked for by name.
+    if x.device.type == "cpu" and _requested.get() == "triton" and _interprets():
+        return None
+    return f"it serves CUDA tensors, {name} is on {x.device}"
+
+
 def _vector_quantize_cpp(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> str | None:
     if z.device.type != "cpu":
         return f"it serves CPU tensors, z is on {z.device}"
@@ -133,6 +146,16 @@ def _constant_when_traced(function: Callable[_P, _R]) -> Callable[_P, _R]:
 @_constant_when_traced
 def _extension_problem() -> str | None:
     return _extension.problem()
+
+
+@_constant_when_traced
+def _triton_problem() -> str | None:
+    return _triton.problem()
+
+
+@_constant_when_traced
+def _interprets() -> bool:
+    return _triton.interprets()
 
 
 # Not functools.cache: torch.compile would look through it and trace the function itself.

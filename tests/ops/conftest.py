@@ -10,10 +10,16 @@ from torch import Tensor
 
 from fastldm.ops import _dispatch, _extension, _schema
 
+Oracle = Callable[[Tensor, Tensor, Tensor], None]
+
 
 @pytest.fixture
-def assert_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
-    """At most twice the error of plain torch in the same dtype, plus 2 ulp of the largest value."""
+def assert_accurate(record_property: Callable[[str, object], None]) -> Iterator[Oracle]:
+    """At most twice the error of plain torch in the same dtype, plus 2 ulp of the largest value.
+
+    The worst error of each test module, as a share of what was allowed, ends the run's output.
+    """
+    ratios: list[float] = []
 
     def check(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
         assert actual.shape == exact.shape
@@ -23,8 +29,17 @@ def assert_accurate() -> Callable[[Tensor, Tensor, Tensor], None]:
         allowed = 2 * (plain.double() - exact).abs().max().item()
         allowed += 2 * torch.finfo(actual.dtype).eps * exact.abs().max().item()
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+        ratios.append(error / allowed if allowed else 0.0)
 
-    return check
+    yield check
+    if ratios:
+        record_property("error / allowed", max(ratios))  # which tests/conftest.py sums up
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> str:
+    """Where Triton kernels run: a GPU, or the CPU in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture

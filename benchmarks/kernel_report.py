@@ -1,0 +1,150 @@
+"""The compile gate: ``python -m benchmarks.kernel_report`` compiles every kernel without a GPU.
+
+It writes docs/kernels.md and fails where a kernel spills registers, accesses a contiguous operand
+in less than 16 bytes a thread, or lacks the tensor-core instructions that it should have. With
+``--check`` the page is compared instead of written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import pkgutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import triton
+
+from benchmarks import specialisations
+from benchmarks.compilation import ARCHITECTURES, Launch, launches
+from benchmarks.specialisations import Case
+from fastldm.ops import _triton
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+OPERATORS = tuple(module.name for module in pkgutil.iter_modules(specialisations.__path__))
+_HEADER = f"""# What the compiler makes of the kernels
+
+Made by `python -m benchmarks.kernel_report`, without a GPU, with Triton {triton.__version__}.
+Every kernel is compiled as its launcher would launch it, for
+{", ".join(f"sm_{architecture}" for architecture in ARCHITECTURES)}; where three figures stand, they
+are for these, in order. No kernel has a stack frame or spills a register.
+
+- **loads, stores**: bytes that a thread moves with one instruction, by pointer argument.
+- **moved / minimum**: bytes that all kernels of the call load and store in global memory, scratch
+  included, over those of reading each input once and writing each output once.
+"""
+_COLUMNS = (
+    "kernel", "grid", "warps", "registers", "shared, KiB", "tensor-core instructions", "loads",
+    "stores",
+)  # fmt: skip
+
+
+def section(operator: str) -> tuple[str, list[str]]:
+    """The part of the page on one operator, and what is wrong with its kernels."""
+    lines, problems = [f"## {operator}", ""], []
+    module = importlib.import_module(f"benchmarks.specialisations.{operator}")
+    for case in module.cases():
+        compiled = [launches(case.call, architecture) for architecture in ARCHITECTURES]
+        for architecture, found in zip(ARCHITECTURES, compiled, strict=True):
+            where = f"{operator}, {case.name}, sm_{architecture}"
+            problems += [f"{where}: {text}" for text in _problems(case, found)]
+        lines += [*_table(case, list(zip(*compiled, strict=True))), ""]
+    return "\n".join(lines), problems
+
+
+def _problems(case: Case, found: Sequence[Launch]) -> Iterator[str]:
+    reached = {name for launch in found for name in (*launch.loads, *launch.stores)}
+    for name in sorted(set(case.wide) - reached):
+        yield f"no kernel accesses {name}"
+    for name in sorted(set(case.tensor_cores) - {launch.kernel for launch in found}):
+        yield f"{name} is not launched"
+    for launch in found:
+        if launch.local_bytes:
+            yield f"{launch.kernel} keeps {launch.local_bytes} bytes a thread in local memory"
+        if launch.kernel in case.tensor_cores and not launch.tensor_core_instructions:
+            yield f"{launch.kernel} has no tensor-core instruction"
+        for kind, widths in (("loads", launch.loads), ("stores", launch.stores)):
+            for name in case.wide:
+                if min(widths.get(name, (16,))) < 16:
+                    yield f"{launch.kernel} {kind} {name} in {widths[name]} bytes a thread"
+
+
+def _table(case: Case, by_kernel: Sequence[tuple[Launch, ...]]) -> Iterator[str]:
+    ratio = case.moved_bytes / case.minimum_bytes
+    yield (
+        f"**{case.name}**: {case.moved_bytes / 1e6:.4g} MB moved, "
+        f"{case.minimum_bytes / 1e6:.4g} MB minimum, ratio {ratio:.3f}"
+    )
+    yield ""
+    yield f"| {' | '.join(_COLUMNS)} |"
+    yield "|" + " --- |" * len(_COLUMNS)
+    for versions in by_kernel:
+        first = versions[0]
+        cells = (
+            f"`{first.kernel}`",
+            "×".join(map(str, first.grid)),
+            first.num_warps,
+            _each(version.registers for version in versions),
+            _each(round(version.shared_bytes / 1024, 1) for version in versions),
+            _each(version.tensor_core_instructions for version in versions),
+            _widths(first.loads),
+            _widths(first.stores),
+        )
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _each(values: Iterator[float]) -> str:
+    """One figure where all architectures agree."""
+    found = [f"{value:g}" for value in values]
+    return found[0] if len(set(found)) == 1 else " / ".join(found)
+
+
+def _widths(accesses: dict[str, tuple[int, ...]]) -> str:
+    named = (f"{name.removesuffix('_ptr')} {'+'.join(map(str, w))}" for name, w in accesses.items())
+    return ", ".join(named)
+
+
+def stale(operator: str, fresh: str) -> bool:
+    """Whether the page says something else; figures are comparable for one version of Triton."""
+    text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    header, *sections = text.split("\n## ")
+    old = next((f"## {part}" for part in sections if part.splitlines()[0] == operator), "")
+    if header.strip() == _HEADER.strip():
+        return old.strip() != fresh.strip()
+    return _calls(old) != _calls(fresh)
+
+
+def _calls(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("**")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the page, or compare it; 1 if a kernel falls short or the page is stale."""
+    parser = argparse.ArgumentParser(prog="benchmarks.kernel_report", description=__doc__)
+    parser.add_argument("operators", nargs="*", help=f"of {', '.join(OPERATORS)}; all if none")
+    parser.add_argument("--check", action="store_true", help="compare the page, do not write it")
+    options = parser.parse_args(arguments)
+    chosen = options.operators or OPERATORS
+    if _triton.interprets():
+        parser.error("unset TRITON_INTERPRET: in the interpreter there is nothing to compile")
+    if unknown := set(chosen) - set(OPERATORS):
+        parser.error(f"no specialisations of {', '.join(sorted(unknown))}")
+    if not options.check and options.operators:
+        parser.error("the page is written for all operators; name some with --check only")
+    sections, problems = [], []
+    for operator in chosen:
+        text, found = section(operator)
+        sections.append(text)
+        problems += found
+        if options.check and stale(operator, text):
+            problems.append(f"docs/kernels.md is stale on {operator}: run {parser.prog}")
+    if not options.check:
+        PAGE.write_text("\n".join([_HEADER, *sections]), encoding="utf-8")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

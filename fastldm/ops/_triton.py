@@ -1,0 +1,36 @@
+"""Triton: whether it can serve here, and what every launch of its kernels shares."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+"""Given with every launch: a·b + c is rounded once, whichever is Triton's default."""
+
+
+def problem() -> str | None:
+    """Why Triton kernels cannot run on CUDA tensors here; None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; install it with: pip install triton"
+    if interprets():
+        return "TRITON_INTERPRET is set, and the interpreter serves CPU tensors"
+    return None
+
+
+def interprets() -> bool:
+    """Whether kernels run in Triton's interpreter, which is for tests: it takes CPU tensors.
+
+    Triton reads the variable when a kernel's module is imported, so set it before the first call.
+    """
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Launch on the device of `x`, where Triton would take the current one."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
