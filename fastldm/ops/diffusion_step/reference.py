@@ -57,7 +57,8 @@ def philox_normal(shape: torch.Size, dtype: torch.dtype, seed: Tensor, offset: T
     Of the block's words w₀…w₃ each pair (a, b) gives two lanes by Box and Muller's transform:
     ``√(−2 ln u) cos(2π v)`` and ``√(−2 ln u) sin(2π v)`` with ``u = (⌊a/2⌋ + 1)·2⁻³¹`` rounded to
     float32 and ``v = ⌊b/256⌋·2⁻²⁴``. The transform is in float64 for float64 and in float32 for
-    every other dtype.
+    every other dtype, and made of sums, products, quotients and square roots, each rounded: any
+    backend that takes them one by one draws the same bits, which no two libraries' ln and cos do.
 
     Args:
         shape: [B, …].
@@ -81,11 +82,45 @@ def philox_normal(shape: torch.Size, dtype: torch.dtype, seed: Tensor, offset: T
     for a, b in (words[:2], words[2:]):
         # u is a float32 number by definition: near 1 its rounding is what ln u depends on.
         u = (((a >> 1).to(torch.float32) + 1) * 2.0**-31).to(compute_dtype)
-        angle = (b >> 8).to(compute_dtype) * 2.0**-24 * (2 * math.pi)
-        radius = (-2 * u.log()).sqrt()
-        lanes += [radius * angle.cos(), radius * angle.sin()]
+        radius = (-2 * _logarithm(u)).sqrt()
+        cosine, sine = _turn(b >> 8, compute_dtype)
+        lanes += [radius * cosine, radius * sine]
     normal = torch.stack(lanes, dim=-1).flatten(1)[:, :count]
     return normal.reshape(shape).to(dtype)
+
+
+def _logarithm(u: Tensor) -> Tensor:
+    """ln u = e ln 2 + 2 artanh((m − 1)/(m + 1)) where u = m·2ᵉ and √½ ≤ m < √2."""
+    mantissa, exponent = torch.frexp(u)
+    is_small = mantissa < math.sqrt(0.5)
+    mantissa = torch.where(is_small, 2 * mantissa, mantissa)
+    s = (mantissa - 1) / (mantissa + 1)
+    terms = range(11 if u.dtype == torch.float64 else 5)
+    series = _polynomial(s * s, [1 / (2 * k + 1) for k in terms])
+    return (exponent - is_small.to(exponent.dtype)).to(u.dtype) * math.log(2) + 2 * s * series
+
+
+def _turn(position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle ``2π·position·2⁻²⁴``, from the nearest quarter turn."""
+    quarter = (position + 2**21) >> 22
+    t = (position - (quarter << 22)).to(dtype) * (2 * math.pi * 2.0**-24)
+    terms = range(9 if dtype == torch.float64 else 6)
+    cosine = _polynomial(t * t, [(-1) ** k / math.factorial(2 * k) for k in terms])
+    sine = t * _polynomial(t * t, [(-1) ** k / math.factorial(2 * k + 1) for k in terms])
+    is_odd = (quarter & 1).bool()
+    along, across = torch.where(is_odd, sine, cosine), torch.where(is_odd, cosine, sine)
+    return (
+        torch.where(((quarter + 1) & 2).bool(), -along, along),
+        torch.where((quarter & 2).bool(), -across, across),
+    )
+
+
+def _polynomial(z: Tensor, coefficients: list[float]) -> Tensor:
+    """By Horner's rule, the constant first."""
+    total = torch.full_like(z, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total = total * z + coefficient
+    return total
 
 
 def guide(
