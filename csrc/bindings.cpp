@@ -2,6 +2,7 @@
 #include <torch/version.h>
 
 #include "vector_quantize/cpu.h"
+#include "vector_quantize/search_kernels.h"
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of fastldm; reached through fastldm.ops.";
@@ -20,4 +21,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
   module.def("vector_quantize_fwd", &fastldm::vector_quantize_fwd, unlocked);
   module.def("vector_quantize_bwd", &fastldm::vector_quantize_bwd, unlocked);
+  module.def("codebook_statistics", &fastldm::codebook_statistics, unlocked);
+  module.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const auto* kernels : fastldm::usable_search_kernels()) names.emplace_back(kernels->name);
+    return names;
+  });
+  module.def("use_instruction_set", &fastldm::use_search_kernels);
 }

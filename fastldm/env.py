@@ -132,6 +132,8 @@ def _example(op_name: str, device: str) -> tuple[Tensor | int, ...]:
         return x, x, x
     if op_name == "vector_quantize":
         return x, torch.zeros(3, 4, device=device)
+    if op_name == "codebook_statistics":
+        return x, torch.zeros(1, 2, 2, device=device, dtype=torch.int64), 3
     width = 5 if op_name == "ddim_step" else 7
     return x, x, torch.zeros(width, device=device)
 

@@ -1,4 +1,4 @@
-#include "cpu.h"
+#include "vector_quantize/cpu.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
@@ -7,115 +7,131 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <type_traits>
+#include <limits>
 #include <vector>
 
-#include "fastldm/multiversion.h"
-#include "fastldm/nearest_code.h"
+#include "vector_quantize/nearest_codes.h"
+#include "vector_quantize/positions.h"
 
 namespace fastldm {
 namespace {
 
-// Distances that are worth a task of their own.
-constexpr int64_t kDistancesPerTask = 1 << 16;
-// Elements of a gradient that are.
+// Work that is worth a task of its own.
+constexpr double kNanosecondsPerTask = 5e4;
 constexpr int64_t kElementsPerTask = 1 << 14;
 
+int64_t elements_grain(int64_t count, int64_t elements) {
+  return std::max<int64_t>(1, kElementsPerTask * count / std::max<int64_t>(1, elements));
+}
+
 template <typename T>
-using IndexOf = std::conditional_t<std::is_same_v<T, double>, int64_t, int32_t>;
-
-FASTLDM_MULTIVERSION
-void nearest_codes(const float* latents, const float* codebook, int64_t num_codes, int64_t depth,
-                   float* best, int32_t* index) {
-  nearest_codes_of_tile(latents, codebook, num_codes, depth, best, index);
+bool holds_nan(const T* values, int64_t count) {
+  bool found = false;
+  for (int64_t i = 0; i < count; ++i) found |= values[i] != values[i];
+  return found;
 }
 
-FASTLDM_MULTIVERSION
-void nearest_codes(const double* latents, const double* codebook, int64_t num_codes, int64_t depth,
-                   double* best, int64_t* index) {
-  nearest_codes_of_tile(latents, codebook, num_codes, depth, best, index);
+// In eight sums, whatever the processor, so that each has the same bits.
+template <typename T>
+T squared_distance(const T* a, const T* b, int64_t depth) {
+  T sums[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= depth; d += 8)
+    for (int i = 0; i < 8; ++i) sums[i] += (a[d + i] - b[d + i]) * (a[d + i] - b[d + i]);
+  for (; d < depth; ++d) sums[0] += (a[d] - b[d]) * (a[d] - b[d]);
+  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
 }
-
-// Where the latents of a tensor are: latent n, counted row by row over all dimensions but the
-// channels', starts at offset(n), and its elements are channel_stride apart. Any strides will do,
-// so channels_first, channels_last and sliced tensors are read and written in place.
-class Positions {
- public:
-  Positions(const at::Tensor& tensor, int64_t channel_dim)
-      : channel_stride(tensor.stride(channel_dim)) {
-    for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
-      const int64_t size = tensor.size(dim), stride = tensor.stride(dim);
-      if (dim == channel_dim || size == 1) continue;
-      if (!sizes_.empty() && strides_.back() == stride * size) {
-        sizes_.back() *= size;
-        strides_.back() = stride;
-      } else {
-        sizes_.push_back(size);
-        strides_.push_back(stride);
-      }
-    }
-  }
-
-  int64_t offset(int64_t n) const {
-    int64_t result = 0;
-    for (size_t i = sizes_.size(); i-- > 0;) {
-      result += n % sizes_[i] * strides_[i];
-      n /= sizes_[i];
-    }
-    return result;
-  }
-
-  const int64_t channel_stride;
-
- private:
-  std::vector<int64_t> sizes_, strides_;
-};
 
 // One tile at a time: gather, search, scatter. Each tile has its own place in `loss_of_tile`, so
 // the result does not depend on which thread did it. Returns whether z holds NaN.
 template <typename Z, typename T>
 bool quantize_tiles(const at::Tensor& z, const at::Tensor& codebook, int64_t channel_dim,
                     at::Tensor& z_q, at::Tensor& indices, std::vector<double>& loss_of_tile) {
-  const int64_t num_codes = codebook.size(0), depth = codebook.size(1);
-  const int64_t num_latents = indices.numel();
+  const int64_t depth = codebook.size(1), num_latents = indices.numel();
   const Positions from(z, channel_dim), to(z_q, channel_dim);
   const Z* z_data = z.const_data_ptr<Z>();
   const T* codes = codebook.const_data_ptr<T>();
   Z* z_q_data = z_q.mutable_data_ptr<Z>();
   int64_t* index_data = indices.mutable_data_ptr<int64_t>();
+  const NearestCodes<T> nearest(codes, codebook.size(0), depth, num_latents);
   std::atomic<bool> found_nan{false};
 
-  const int64_t grain = std::max<int64_t>(1, kDistancesPerTask / (num_codes * kTile));
+  const int64_t grain =
+      std::max<int64_t>(1, static_cast<int64_t>(kNanosecondsPerTask / (kTile * nearest.cost())));
   at::parallel_for(0, loss_of_tile.size(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<T> latents(depth * kTile, T(0));
-    T best[kTile];
-    IndexOf<T> index[kTile];
-    bool has_nan = false;
+    std::vector<T> latents(kTile * depth), scratch;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kTile;
-      const int count = static_cast<int>(std::min<int64_t>(kTile, num_latents - first));
-      for (int p = 0; p < count; ++p) {
-        const Z* latent = z_data + from.offset(first + p);
-        for (int64_t d = 0; d < depth; ++d) {
-          const T value = static_cast<T>(latent[d * from.channel_stride]);
-          has_nan |= value != value;
-          latents[d * kTile + p] = value;
-        }
+      const int64_t count = std::min<int64_t>(kTile, num_latents - first);
+      int64_t place[kTile];
+      from.offsets(first, count, place);
+      for_each_element(count, depth, [&](int64_t p, int64_t d) {
+        latents[p * depth + d] = static_cast<T>(z_data[place[p] + d * from.channel_stride]);
+      });
+      if (holds_nan(latents.data(), count * depth)) {
+        found_nan = true;
+        return;
       }
-      nearest_codes(latents.data(), codes, num_codes, depth, best, index);
+      nearest.find(latents.data(), count, scratch, index_data + first);
+      const T* code[kTile];
       double loss = 0;
-      for (int p = 0; p < count; ++p) {
-        loss += best[p];
-        index_data[first + p] = index[p];
-        const T* code = codes + static_cast<int64_t>(index[p]) * depth;
-        Z* target = z_q_data + to.offset(first + p);
-        for (int64_t d = 0; d < depth; ++d) target[d * to.channel_stride] = static_cast<Z>(code[d]);
+      for (int64_t p = 0; p < count; ++p) {
+        code[p] = codes + index_data[first + p] * depth;
+        loss += squared_distance(latents.data() + p * depth, code[p], depth);
       }
+      to.offsets(first, count, place);
+      for_each_element(count, depth, [&](int64_t p, int64_t d) {
+        z_q_data[place[p] + d * to.channel_stride] = static_cast<Z>(code[p][d]);
+      });
       loss_of_tile[tile] = loss;
     }
-    if (has_nan) found_nan = true;
   });
   return found_nan;
+}
+
+// How many latents have each code.
+std::vector<int64_t> count_codes(const at::Tensor& indices, int64_t num_codes) {
+  std::vector<int64_t> counts(num_codes, 0);
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  for (int64_t n = 0; n < indices.numel(); ++n) {
+    TORCH_CHECK_INDEX(0 <= index[n] && index[n] < num_codes, "indices: got ", index[n],
+                      "; accepted: 0 to ", num_codes - 1);
+    ++counts[index[n]];
+  }
+  return counts;
+}
+
+// sums[k] = factor · Σ (z_n - origin(k)) over the latents n of code k, accumulated in double. A
+// channel belongs to one thread, which adds in the order of the latents.
+template <typename Z, typename T, typename Origin>
+void sum_by_code(const at::Tensor& z, int64_t channel_dim, const at::Tensor& indices, double factor,
+                 Origin origin, at::Tensor& sums) {
+  constexpr int64_t kChannels = 8;
+  const int64_t num_codes = sums.size(0), depth = sums.size(1), num_latents = indices.numel();
+  const Positions at_z(z, channel_dim);
+  const Z* z_data = z.const_data_ptr<Z>();
+  const int64_t* index = indices.const_data_ptr<int64_t>();
+  T* sums_data = sums.mutable_data_ptr<T>();
+  at::parallel_for(0, depth, elements_grain(depth, z.numel()), [&](int64_t begin, int64_t end) {
+    std::vector<double> sum(num_codes * std::min(kChannels, end - begin));
+    for (int64_t first = begin; first < end; first += kChannels) {
+      const int64_t width = std::min(kChannels, end - first);
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for (int64_t tile = 0; tile < num_latents; tile += kTile) {
+        const int64_t count = std::min<int64_t>(kTile, num_latents - tile);
+        int64_t place[kTile];
+        at_z.offsets(tile, count, place);
+        for_each_element(count, width, [&](int64_t p, int64_t i) {
+          const int64_t k = index[tile + p], d = first + i;
+          sum[k * width + i] +=
+              static_cast<double>(z_data[place[p] + d * at_z.channel_stride]) - origin(k, d);
+        });
+      }
+      for (int64_t k = 0; k < num_codes; ++k)
+        for (int64_t i = 0; i < width; ++i)
+          sums_data[k * depth + first + i] = static_cast<T>(factor * sum[k * width + i]);
+    }
+  });
 }
 
 template <typename Z, typename T>
@@ -123,47 +139,37 @@ void gradients(const at::Tensor& grad_z_q, double grad_codebook_loss, double gra
                const at::Tensor& z, const at::Tensor& codebook, const at::Tensor& indices,
                int64_t channel_dim, at::Tensor& grad_z, at::Tensor& grad_codebook) {
   const int64_t depth = codebook.size(1), num_latents = indices.numel();
-  const T share = num_latents == 0 ? T(0) : T(2) / static_cast<T>(z.numel());
-  const T to_latent = static_cast<T>(grad_commitment_loss);
-  const T to_code = static_cast<T>(-grad_codebook_loss);
+  const double share = num_latents == 0 ? 0.0 : 2.0 / static_cast<double>(z.numel());
+  const T to_latent = static_cast<T>(grad_commitment_loss * share);
   const Positions at_z(z, channel_dim), at_grad(grad_z_q, channel_dim), to(grad_z, channel_dim);
   const Z* z_data = z.const_data_ptr<Z>();
   const Z* grad_data = grad_z_q.const_data_ptr<Z>();
   const T* codes = codebook.const_data_ptr<T>();
   const int64_t* index_data = indices.const_data_ptr<int64_t>();
   Z* grad_z_data = grad_z.mutable_data_ptr<Z>();
-  T* grad_codebook_data = grad_codebook.mutable_data_ptr<T>();
 
-  at::parallel_for(0, num_latents, std::max<int64_t>(1, kElementsPerTask / depth),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t n = begin; n < end; ++n) {
-                       const Z* latent = z_data + at_z.offset(n);
-                       const Z* grad = grad_data + at_grad.offset(n);
-                       Z* target = grad_z_data + to.offset(n);
-                       const T* code = codes + index_data[n] * depth;
-                       for (int64_t d = 0; d < depth; ++d) {
-                         const T toward =
-                             (static_cast<T>(latent[d * at_z.channel_stride]) - code[d]) * share;
-                         target[d * to.channel_stride] = static_cast<Z>(
-                             static_cast<T>(grad[d * at_grad.channel_stride]) + to_latent * toward);
-                       }
-                     }
-                   });
-  // A thread owns whole columns of the codebook and adds in the order of the latents, so no two
-  // threads write to one place and the sum has one order.
-  at::parallel_for(0, depth, std::max<int64_t>(1, kElementsPerTask / std::max<int64_t>(1, num_latents)),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t n = 0; n < num_latents; ++n) {
-                       const Z* latent = z_data + at_z.offset(n);
-                       const int64_t row = index_data[n] * depth;
-                       for (int64_t d = begin; d < end; ++d) {
-                         const T toward =
-                             (static_cast<T>(latent[d * at_z.channel_stride]) - codes[row + d]) *
-                             share;
-                         grad_codebook_data[row + d] += to_code * toward;
-                       }
-                     }
-                   });
+  count_codes(indices, codebook.size(0));  // Checks them, before they are used.
+  const auto grain = elements_grain(num_latents, z.numel());
+  at::parallel_for(0, num_latents, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += kTile) {
+      const int64_t count = std::min<int64_t>(kTile, end - first);
+      int64_t place_of_z[kTile], place_of_grad[kTile], place[kTile];
+      at_z.offsets(first, count, place_of_z);
+      at_grad.offsets(first, count, place_of_grad);
+      to.offsets(first, count, place);
+      for_each_element(count, depth, [&](int64_t p, int64_t d) {
+        const T difference = static_cast<T>(z_data[place_of_z[p] + d * at_z.channel_stride]) -
+                             codes[index_data[first + p] * depth + d];
+        const T grad = static_cast<T>(grad_data[place_of_grad[p] + d * at_grad.channel_stride]);
+        grad_z_data[place[p] + d * to.channel_stride] =
+            static_cast<Z>(grad + to_latent * difference);
+      });
+    }
+  });
+  sum_by_code<Z, T>(
+      z, channel_dim, indices, -grad_codebook_loss * share,
+      [&](int64_t k, int64_t d) { return static_cast<double>(codes[k * depth + d]); },
+      grad_codebook);
 }
 
 void check(const at::Tensor& z, const at::Tensor& codebook, int64_t channel_dim) {
@@ -177,44 +183,44 @@ void check(const at::Tensor& z, const at::Tensor& codebook, int64_t channel_dim)
 
 }  // namespace
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, bool> vector_quantize_fwd(const at::Tensor& z,
-                                                                         const at::Tensor& codebook,
-                                                                         int64_t channel_dim) {
+std::tuple<at::Tensor, at::Tensor, at::Tensor, std::string> vector_quantize_fwd(
+    const at::Tensor& z, const at::Tensor& codebook, int64_t channel_dim) {
   check(z, codebook, channel_dim);
   at::Tensor z_q = at::empty_like(z);
   std::vector<int64_t> shape = z.sizes().vec();
   shape.erase(shape.begin() + channel_dim);
   at::Tensor indices = at::empty(shape, z.options().dtype(at::kLong));
   std::vector<double> loss_of_tile((indices.numel() + kTile - 1) / kTile);
-  bool has_nan = false;
+  const bool is_double = codebook.scalar_type() == at::kDouble;
+  std::string nan_in;
+  if (is_double ? holds_nan(codebook.const_data_ptr<double>(), codebook.numel())
+                : holds_nan(codebook.const_data_ptr<float>(), codebook.numel()))
+    return {z_q, indices, at::empty({}, codebook.options()), "codebook"};
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, z.scalar_type(), "vector_quantize_fwd", [&] {
-        has_nan = codebook.scalar_type() == at::kDouble
-                      ? quantize_tiles<scalar_t, double>(z, codebook, channel_dim, z_q, indices,
-                                                         loss_of_tile)
-                      : quantize_tiles<scalar_t, float>(z, codebook, channel_dim, z_q, indices,
-                                                        loss_of_tile);
+        const bool has_nan = is_double ? quantize_tiles<scalar_t, double>(
+                                             z, codebook, channel_dim, z_q, indices, loss_of_tile)
+                                       : quantize_tiles<scalar_t, float>(
+                                             z, codebook, channel_dim, z_q, indices, loss_of_tile);
+        if (has_nan) nan_in = "z";
       });
   double sum = 0;
   for (const double loss : loss_of_tile) sum += loss;
   const at::Tensor mean =
       at::scalar_tensor(sum / static_cast<double>(z.numel()), codebook.options());
-  return {z_q, indices, mean, has_nan};
+  return {z_q, indices, mean, nan_in};
 }
 
-std::tuple<at::Tensor, at::Tensor> vector_quantize_bwd(const at::Tensor& grad_z_q,
-                                                       double grad_codebook_loss,
-                                                       double grad_commitment_loss,
-                                                       const at::Tensor& z,
-                                                       const at::Tensor& codebook,
-                                                       const at::Tensor& indices,
-                                                       int64_t channel_dim) {
+std::tuple<at::Tensor, at::Tensor> vector_quantize_bwd(
+    const at::Tensor& grad_z_q, double grad_codebook_loss, double grad_commitment_loss,
+    const at::Tensor& z, const at::Tensor& codebook, const at::Tensor& indices,
+    int64_t channel_dim) {
   check(z, codebook, channel_dim);
   TORCH_CHECK(grad_z_q.sizes() == z.sizes() && grad_z_q.scalar_type() == z.scalar_type(),
               "grad_z_q: expected the shape and dtype of z");
   const at::Tensor dense_indices = indices.contiguous();
   at::Tensor grad_z = at::empty_like(z);
-  at::Tensor grad_codebook = at::zeros_like(codebook);
+  at::Tensor grad_codebook = at::empty_like(codebook);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, z.scalar_type(), "vector_quantize_bwd", [&] {
         if (codebook.scalar_type() == at::kDouble) {
@@ -226,6 +232,31 @@ std::tuple<at::Tensor, at::Tensor> vector_quantize_bwd(const at::Tensor& grad_z_
         }
       });
   return {grad_z, grad_codebook};
+}
+
+std::tuple<at::Tensor, at::Tensor> codebook_statistics(const at::Tensor& z,
+                                                       const at::Tensor& indices,
+                                                       int64_t num_embeddings,
+                                                       int64_t channel_dim) {
+  TORCH_CHECK(z.device().is_cpu() && indices.device().is_cpu(), "expected CPU tensors");
+  TORCH_CHECK(indices.numel() * z.size(channel_dim) == z.numel(), "z and indices differ in size");
+  const bool is_double = z.scalar_type() == at::kDouble;
+  const at::Tensor dense_indices = indices.contiguous();
+  const std::vector<int64_t> counted = count_codes(dense_indices, num_embeddings);
+  at::Tensor counts = at::empty({num_embeddings}, z.options().dtype(at::kLong));
+  std::copy(counted.begin(), counted.end(), counts.mutable_data_ptr<int64_t>());
+  at::Tensor sums = at::empty({num_embeddings, z.size(channel_dim)},
+                              z.options().dtype(is_double ? at::kDouble : at::kFloat));
+  const auto zero = [](int64_t, int64_t) { return 0.0; };
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, z.scalar_type(), "codebook_statistics", [&] {
+        if (is_double) {
+          sum_by_code<scalar_t, double>(z, channel_dim, dense_indices, 1.0, zero, sums);
+        } else {
+          sum_by_code<scalar_t, float>(z, channel_dim, dense_indices, 1.0, zero, sums);
+        }
+      });
+  return {counts, sums};
 }
 
 }  // namespace fastldm

@@ -26,7 +26,12 @@ from fastldm.ops.diffusion_step.functional import (
     predict_original_sample,
 )
 from fastldm.ops.group_norm_silu.functional import group_norm_silu
-from fastldm.ops.vector_quantize.functional import VectorQuantizeOutput, vector_quantize
+from fastldm.ops.vector_quantize.functional import (
+    CodebookStatistics,
+    VectorQuantizeOutput,
+    codebook_statistics,
+    vector_quantize,
+)
 
 __all__ = [
     "BACKENDS",
@@ -34,11 +39,13 @@ __all__ = [
     "OPERATORS",
     "PREDICTION_TYPES",
     "VARIANCE_TYPES",
+    "CodebookStatistics",
     "DDIMCoefficient",
     "DDPMCoefficient",
     "DiffusionStepOutput",
     "VectorQuantizeOutput",
     "backend",
+    "codebook_statistics",
     "cross_attention",
     "ddim_coefficients",
     "ddim_step",

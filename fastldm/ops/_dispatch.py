@@ -19,7 +19,10 @@ from torch import Tensor
 from fastldm.errors import BackendUnavailableError, ConfigError
 from fastldm.ops import _extension, _triton
 
-OPERATORS = ("group_norm_silu", "cross_attention", "vector_quantize", "ddim_step", "ddpm_step")
+OPERATORS = (
+    "group_norm_silu", "cross_attention", "vector_quantize", "codebook_statistics", "ddim_step",
+    "ddpm_step",
+)  # fmt: skip
 BACKENDS = ("triton", "cpp", "reference")
 """In the order in which "auto" tries them."""
 
@@ -133,6 +136,10 @@ def _vector_quantize_cpp(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -
     return _extension_problem()
 
 
+def _codebook_statistics_cpp(z: Tensor, *_: Any, **__: Any) -> str | None:
+    return _vector_quantize_cpp(z, z)
+
+
 def _constant_when_traced(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Have torch.compile call `function` while it traces, and keep the result.
 
@@ -176,4 +183,5 @@ def _listed(names: tuple[str, ...]) -> str:
 
 _PREDICATES: dict[tuple[str, str], Callable[..., str | None]] = {
     ("vector_quantize", "cpp"): _vector_quantize_cpp,
+    ("codebook_statistics", "cpp"): _codebook_statistics_cpp,
 }

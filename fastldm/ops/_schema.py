@@ -116,6 +116,15 @@ def _vector_quantize_bwd(
     return torch.empty_like(z), codebook.new_empty(codebook.shape)
 
 
+def _vector_quantize_statistics(
+    z: Tensor, indices: Tensor, num_embeddings: int, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    return (
+        z.new_empty(num_embeddings, dtype=torch.int64),
+        z.new_empty((num_embeddings, z.shape[channel_dim]), dtype=compute_dtype(z)),
+    )
+
+
 def _step_fwd(sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(sample), torch.empty_like(sample)
 
@@ -159,6 +168,12 @@ _define(
     "Tensor grad_commitment_loss, Tensor z, Tensor codebook, Tensor indices, int channel_dim, *, "
     "str backend) -> (Tensor z, Tensor codebook)",
     _vector_quantize_bwd,
+    folder="vector_quantize",
+)
+_define(
+    "vector_quantize_statistics(Tensor z, Tensor indices, int num_embeddings, int channel_dim, *, "
+    "str backend) -> (Tensor counts, Tensor sums)",
+    _vector_quantize_statistics,
     folder="vector_quantize",
 )
 _define(

@@ -60,6 +60,7 @@ def _lookup_cases() -> list[Case]:
             cases.append(("vector_quantize", "fwd", (z, codebook, 1)))
         arguments = (grad, loss_a, loss_b, z, codebook, indices, 1)
         cases.append(("vector_quantize", "bwd", arguments))
+        cases.append(("vector_quantize", "statistics", (z, indices, 7, 1)))
     return cases
 
 

@@ -14,12 +14,10 @@ def vector_quantize_fwd(
     z: Tensor, codebook: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's; z is read and z_q written in place, whatever the strides."""
-    if codebook.isnan().any():
-        raise NonFiniteLossError(NAN_MESSAGE.format("codebook"))
     table = codebook.to(compute_dtype(z, codebook)).contiguous()
-    z_q, indices, loss, has_nan = extension().vector_quantize_fwd(z, table, channel_dim)
-    if has_nan:
-        raise NonFiniteLossError(NAN_MESSAGE.format("z"))
+    z_q, indices, loss, nan_in = extension().vector_quantize_fwd(z, table, channel_dim)
+    if nan_in:
+        raise NonFiniteLossError(NAN_MESSAGE.format(nan_in))
     return z_q, indices, loss
 
 
@@ -44,3 +42,11 @@ def vector_quantize_bwd(
         channel_dim,
     )
     return grad_z, grad_codebook.to(codebook.dtype)
+
+
+def vector_quantize_statistics(
+    z: Tensor, indices: Tensor, num_embeddings: int, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """As the reference's; each sum is accumulated in float64, in the order of the latents."""
+    counts, sums = extension().codebook_statistics(z, indices, num_embeddings, channel_dim)
+    return counts, sums

@@ -25,6 +25,15 @@ class VectorQuantizeOutput(NamedTuple):
     """mean((z − sg[e])²), the same value: pulls the latents to their codes."""
 
 
+class CodebookStatistics(NamedTuple):
+    """What `codebook_statistics` gives."""
+
+    counts: Tensor
+    """How many latents have each code, int64 [K]."""
+    sums: Tensor
+    """The sum of the latents of each code, [K, D], float32, or float64 for a float64 z."""
+
+
 def vector_quantize(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> VectorQuantizeOutput:
     """Replace each latent vector by its nearest codebook entry (VQ-VAE, 1711.00937, eq. 1–3).
 
@@ -58,6 +67,45 @@ def vector_quantize(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> Vec
     # Traced, the reference's search would become a matrix of N·K distances or an unrolled loop, so
     # it stays behind the raw operator when compiled, too.
     return VectorQuantizeOutput(*_VectorQuantize.apply(z, codebook, dim, backend))
+
+
+def codebook_statistics(
+    z: Tensor, indices: Tensor, num_embeddings: int, *, channel_dim: int = 1
+) -> CodebookStatistics:
+    """Count and add up the latents of each code: what moving averages of a codebook are made of.
+
+    The counts and sums of VQ-VAE's appendix A.1 (1711.00937). Each sum is taken in a fixed order.
+    No gradient passes through.
+
+    Args:
+        z: [B, D, *spatial], or any shape with D at `channel_dim`; floating, any strides.
+        indices: int64, the shape of `z` without `channel_dim`, values 0 to K − 1, as
+            `vector_quantize` gives them.
+        num_embeddings: K.
+        channel_dim: which dimension of `z` holds D; may be negative.
+
+    Returns:
+        `CodebookStatistics`.
+
+    Raises:
+        ConfigError: an argument has a shape, dtype or device that is not accepted.
+        BackendUnavailableError: the backend asked for by name cannot serve this call.
+    """
+    dim = _checked_channel_dim(z, channel_dim)
+    shape = (*z.shape[:dim], *z.shape[dim + 1 :])
+    if indices.dtype != torch.int64 or indices.shape != shape or indices.device != z.device:
+        raise ConfigError(
+            f"indices: got {_checks.describe(indices)}; "
+            f"accepted: torch.int64 of {list(shape)} on {z.device}"
+        )
+    if num_embeddings < 1:
+        raise ConfigError(f"num_embeddings: got {num_embeddings}; accepted: 1 or more")
+    backend = _dispatch.choose("codebook_statistics", z, indices, num_embeddings, channel_dim=dim)
+    return CodebookStatistics(
+        *torch.ops.fastldm.vector_quantize_statistics(
+            z.detach(), indices, num_embeddings, dim, backend=backend
+        )
+    )
 
 
 class _VectorQuantize(torch.autograd.Function):
@@ -97,19 +145,27 @@ def _check(z: Tensor, codebook: Tensor, channel_dim: int) -> int:
             f"codebook: got {_checks.describe(codebook)}; "
             "accepted: a floating tensor [K, D] with K and D of 1 or more"
         )
-    if z.ndim == 0 or not z.is_floating_point() or z.device != codebook.device:
+    dim = _checked_channel_dim(z, channel_dim)
+    if z.device != codebook.device:
         raise ConfigError(
-            f"z: got {_checks.describe(z)}; "
-            f"accepted: a floating tensor [B, D, *spatial] on {codebook.device}"
+            f"z: got {_checks.describe(z)}; accepted: a floating tensor on {codebook.device}"
         )
-    if not -z.ndim <= channel_dim < z.ndim:
-        raise ConfigError(
-            f"channel_dim: got {channel_dim}; accepted: -{z.ndim} to {z.ndim - 1} for this z"
-        )
-    dim = channel_dim % z.ndim
     if z.shape[dim] != codebook.shape[1]:
         raise ConfigError(
             f"z: got {z.shape[dim]} channels in dimension {dim}; "
             f"accepted: {codebook.shape[1]}, the width D of the codebook's entries"
         )
     return dim
+
+
+def _checked_channel_dim(z: Tensor, channel_dim: int) -> int:
+    """The channel dimension counted from the front."""
+    if z.ndim == 0 or not z.is_floating_point():
+        raise ConfigError(
+            f"z: got {_checks.describe(z)}; accepted: a floating tensor [B, D, *spatial]"
+        )
+    if not -z.ndim <= channel_dim < z.ndim:
+        raise ConfigError(
+            f"channel_dim: got {channel_dim}; accepted: -{z.ndim} to {z.ndim - 1} for this z"
+        )
+    return channel_dim % z.ndim

@@ -62,6 +62,17 @@ def vector_quantize_bwd(
     return grad_z, grad_codebook.to(codebook.dtype)
 
 
+def vector_quantize_statistics(
+    z: Tensor, indices: Tensor, num_embeddings: int, channel_dim: int
+) -> tuple[Tensor, Tensor]:
+    """How many latents have each code, [K], and their sums, [K, D]."""
+    rows = z.movedim(channel_dim, -1).to(compute_dtype(z))
+    flat = indices.flatten()
+    counts = flat.new_zeros(num_embeddings).index_add_(0, flat, torch.ones_like(flat))
+    sums = torch.ops.aten.embedding_dense_backward(rows, indices, num_embeddings, -1, False)
+    return counts, sums
+
+
 def _nearest(rows: Tensor, codebook: Tensor) -> Tensor:
     """Index of the nearest code of each row, [N, D] → [N], in memory that does not grow with N."""
     indices = rows.new_empty(rows.shape[0], dtype=torch.int64)

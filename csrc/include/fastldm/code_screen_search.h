@@ -1,0 +1,135 @@
+// The search through a CodeScreen; see code_screen.h for why it is exact, simd.h for how it is
+// included.
+#pragma once
+
+#include "fastldm/code_screen.h"
+#include "fastldm/simd.h"
+
+namespace fastldm::FASTLDM_ISA {
+
+constexpr int kPanel = 2 * kFloats;
+// Latents whose scores are in registers at once: 12 accumulators of 16 registers.
+constexpr int kRows = 6;
+static_assert(kTile % kRows == 0);
+
+struct Scores {
+  Floats low, high;
+};
+
+// Scores of one panel for `R` centred latents.
+template <int R>
+FASTLDM_INLINE void score_panel(const float* latents, const float* centred,
+                                const float* minus_half_square, int64_t depth, Scores* scores) {
+  for (int r = 0; r < R; ++r)
+    scores[r] = {load(minus_half_square), load(minus_half_square + kFloats)};
+  for (int64_t d = 0; d < depth; ++d) {
+    const Floats low = load(centred + d * kPanel), high = load(centred + d * kPanel + kFloats);
+    for (int r = 0; r < R; ++r) {
+      const Floats z = broadcast(latents[r * depth + d]);
+      scores[r].low = multiply_add(z, low, scores[r].low);
+      scores[r].high = multiply_add(z, high, scores[r].high);
+    }
+  }
+}
+
+// The distance as specified: differences squared and added in order, each rounded.
+FASTLDM_INLINE float exact_distance(const float* latent, const float* code, int64_t depth) {
+  float sum = 0;
+  for (int64_t d = 0; d < depth; ++d) {
+    const float difference = latent[d] - code[d];
+    sum += difference * difference;
+  }
+  return sum;
+}
+
+// Nearest code of one latent among those whose score is at least `threshold`; -1 if they are too
+// many to measure here.
+inline int32_t nearest_candidate(const CodeScreenView& screen, const float* latent,
+                                 const float* centred_latent, const float* block_scores,
+                                 float threshold) {
+  float best = __builtin_inff();
+  int32_t best_index = 0;
+  int64_t candidates = 0;
+  // One measured alone takes as long as 32 in the vectors of the exhaustive search.
+  const int64_t most_candidates = 8 + screen.num_codes / 32;
+  const int64_t blocks = screen.blocks();
+  for (int64_t block = 0; block < blocks; ++block) {
+    if (!(block_scores[block] >= threshold)) continue;
+    const int64_t first = block * screen.panels_of_block;
+    const int64_t last = first + screen.panels_of_block < screen.panels
+                             ? first + screen.panels_of_block
+                             : screen.panels;
+    for (int64_t panel = first; panel < last; ++panel) {
+      Scores scores;
+      score_panel<1>(centred_latent, screen.centred + panel * screen.depth * kPanel,
+                     screen.minus_half_square + panel * kPanel, screen.depth, &scores);
+      uint32_t near = lanes_at_most(broadcast(threshold), scores.low) |
+                      lanes_at_most(broadcast(threshold), scores.high) << kFloats;
+      candidates += __builtin_popcount(near);
+      if (candidates > most_candidates) return -1;
+      for (; near != 0; near &= near - 1) {
+        const int64_t k = panel * kPanel + __builtin_ctz(near);
+        if (k >= screen.num_codes) break;
+        const float distance =
+            exact_distance(latent, screen.codebook + k * screen.depth, screen.depth);
+        if (distance < best) {
+          best = distance;
+          best_index = static_cast<int32_t>(k);
+        }
+      }
+    }
+  }
+  return best_index;
+}
+
+// latents: [count, depth], count <= kTile. scratch: [kTile * (depth + blocks)]. index: [count], -1
+// where the latent is to be searched exhaustively.
+inline void search_code_screen(const CodeScreenView& screen, const float* latents, int64_t count,
+                               float* scratch, int32_t* index) {
+  const int64_t depth = screen.depth, blocks = screen.blocks();
+  float* centred = scratch;
+  float* block_scores = scratch + kTile * depth;
+  const int64_t rows = (count + kRows - 1) / kRows * kRows;
+  for (int64_t n = 0; n < rows; ++n)
+    for (int64_t d = 0; d < depth; ++d)
+      centred[n * depth + d] = n < count ? latents[n * depth + d] - screen.centre[d] : 0.0f;
+
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * screen.panels_of_block;
+    const int64_t last = first + screen.panels_of_block < screen.panels
+                             ? first + screen.panels_of_block
+                             : screen.panels;
+    for (int64_t n = 0; n < rows; n += kRows) {
+      Floats most[kRows];
+      for (int r = 0; r < kRows; ++r) most[r] = broadcast(-__builtin_inff());
+      for (int64_t panel = first; panel < last; ++panel) {
+        Scores scores[kRows];
+        score_panel<kRows>(centred + n * depth, screen.centred + panel * depth * kPanel,
+                           screen.minus_half_square + panel * kPanel, depth, scores);
+        for (int r = 0; r < kRows; ++r)
+          most[r] = maximum(maximum(scores[r].low, scores[r].high), most[r]);
+      }
+      for (int r = 0; r < kRows; ++r) block_scores[(n + r) * blocks + block] = largest(most[r]);
+    }
+  }
+
+  for (int64_t n = 0; n < count; ++n) {
+    double square = 0;
+    for (int64_t d = 0; d < depth; ++d)
+      square += static_cast<double>(centred[n * depth + d]) * centred[n * depth + d];
+    const float norm = static_cast<float>(__builtin_sqrt(square) * (1 + 1e-6));
+    const float* scores = block_scores + n * blocks;
+    float top = -__builtin_inff();
+    for (int64_t block = 0; block < blocks; ++block)
+      top = scores[block] > top ? scores[block] : top;
+    const float margin = screen_margin(depth, norm, screen.code_norm, top);
+    const float threshold = top - margin;
+    // False also for NaN and infinity: there is no bound, and so no screening.
+    const bool bounded = norm < 1e15f && screen.code_norm < 1e15f && margin < 1e37f;
+    index[n] = bounded ? nearest_candidate(screen, latents + n * depth, centred + n * depth, scores,
+                                           threshold)
+                       : -1;
+  }
+}
+
+}  // namespace fastldm::FASTLDM_ISA

@@ -1,0 +1,35 @@
+#include "vector_quantize/search_kernels.h"
+
+#if defined(__x86_64__)
+
+namespace fastldm {
+namespace avx2 {
+const SearchKernels* table();
+}
+
+const SearchKernels* avx2_kernels() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2::table() : nullptr;
+}
+}  // namespace fastldm
+
+// In force to the end of the file, where templates are instantiated.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+#define FASTLDM_AVX2
+#define FASTLDM_ISA avx2
+#define FASTLDM_ISA_NAME "avx2"
+#include "vector_quantize/search_kernels_table.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#else
+
+namespace fastldm {
+const SearchKernels* avx2_kernels() { return nullptr; }
+}  // namespace fastldm
+
+#endif
