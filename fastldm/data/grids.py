@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ from fastldm.storage import atomic_file
 
 _GAP = 2
 _MIN_WIDTH = 64
-_CHARACTER_WIDTH = 5.5
 _LINE_HEIGHT = 12
 _MAX_LINES = 3
 
@@ -51,13 +49,13 @@ def image_grid(
     pixels = pixels.repeat(factor, axis=1).repeat(factor, axis=2)
     count, height, width, _ = pixels.shape
     columns = min(count, columns or math.ceil(math.sqrt(count)))
-    texts = [_wrap(caption, width) for caption in captions or [""] * count]
+    font = ImageFont.load_default(size=10)
+    texts = [_wrap(caption, width, font.getlength) for caption in captions or [""] * count]
     text_height = max(map(len, texts)) * _LINE_HEIGHT
     step_y, step_x = height + text_height + _GAP, width + _GAP
     rows = math.ceil(count / columns)
     canvas = Image.new("RGB", (columns * step_x + _GAP, rows * step_y + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(size=10)
     for number, (image, lines) in enumerate(zip(pixels, texts, strict=True)):
         top, left = (number // columns) * step_y + _GAP, (number % columns) * step_x + _GAP
         canvas.paste(Image.fromarray(image), (left, top))
@@ -90,6 +88,21 @@ def _to_uint8(images: torch.Tensor) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:3], 3)))
 
 
-def _wrap(caption: str, width: int) -> list[str]:
-    letters = int(width / _CHARACTER_WIDTH)
-    return textwrap.wrap(caption, letters, max_lines=_MAX_LINES, placeholder="…")
+def _wrap(caption: str, width: int, length: Callable[[str], float]) -> list[str]:
+    """Lines of at most `width` pixels; a word that is longer is broken, the last line cut off."""
+    lines = [""]
+    for word in caption.split():
+        if lines[-1] and length(f"{lines[-1]} {word}") > width:
+            lines.append("")
+        elif lines[-1]:
+            lines[-1] += " "
+        for letter in word:
+            if lines[-1] and length(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if len(lines) <= _MAX_LINES:
+        return lines
+    last = lines[_MAX_LINES - 1]
+    while last and length(last + "…") > width:
+        last = last[:-1]
+    return [*lines[: _MAX_LINES - 1], last.rstrip() + "…"]

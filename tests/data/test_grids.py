@@ -56,6 +56,13 @@ def test_captions_are_written_below_their_images() -> None:
     assert (below[24:36, 68:] < 128).any()
 
 
+@pytest.mark.parametrize("caption", ["MMM WWW MMM WWW", "money-mouth face", "W" * 60, "i" * 90])
+def test_captions_stay_within_their_column(caption: str) -> None:
+    grid = image_grid(torch.ones(2, 3, 64, 64), columns=2, captions=[caption, ""])
+    assert (grid[66:, :67] < 128).any()
+    assert (grid[66:, 67:] == 255).all()
+
+
 @pytest.mark.parametrize("shape", [(3, 8, 8), (0, 3, 8, 8)])
 def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match=r"\[N, C, H, W\]"):
