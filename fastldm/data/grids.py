@@ -90,8 +90,9 @@ def _to_uint8(images: torch.Tensor) -> np.ndarray:
 
 def _wrap(caption: str, width: int, length: Callable[[str], float]) -> list[str]:
     """Lines of at most `width` pixels; a word that is longer is broken, the last line cut off."""
-    lines = [""]
-    for word in caption.split():
+    words = caption.split()
+    lines = [""] if words else []
+    for word in words:
         if lines[-1] and length(f"{lines[-1]} {word}") > width:
             lines.append("")
         elif lines[-1]:
