@@ -122,7 +122,7 @@ def show_samples(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument(
         "overrides", nargs="*", help="of both trainings' configs, such as --max_minutes=1"
     )
