@@ -3,6 +3,9 @@
 
 #include "vector_quantize/cpu.h"
 #include "vector_quantize/search_kernels.h"
+#ifdef FASTLDM_WITH_CUDA
+#include "vector_quantize/cuda.h"
+#endif
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.doc() = "Compiled kernels of fastldm; reached through fastldm.ops.";
@@ -28,4 +31,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     return names;
   });
   module.def("use_instruction_set", &fastldm::use_search_kernels);
+#ifdef FASTLDM_WITH_CUDA
+  module.def("vector_quantize_fwd_cuda", &fastldm::cuda::vector_quantize_fwd, unlocked);
+  module.def("vector_quantize_bwd_cuda", &fastldm::cuda::vector_quantize_bwd, unlocked);
+  module.def("codebook_statistics_cuda", &fastldm::cuda::codebook_statistics, unlocked);
+#endif
 }

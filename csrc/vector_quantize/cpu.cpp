@@ -31,17 +31,6 @@ bool holds_nan(const T* values, int64_t count) {
   return found;
 }
 
-// In eight sums, whatever the processor, so that each has the same bits.
-template <typename T>
-T squared_distance(const T* a, const T* b, int64_t depth) {
-  T sums[8] = {};
-  int64_t d = 0;
-  for (; d + 8 <= depth; d += 8)
-    for (int i = 0; i < 8; ++i) sums[i] += (a[d + i] - b[d + i]) * (a[d + i] - b[d + i]);
-  for (; d < depth; ++d) sums[0] += (a[d] - b[d]) * (a[d] - b[d]);
-  return ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-}
-
 // One tile at a time: gather, search, scatter. Each tile has its own place in `loss_of_tile`, so
 // the result does not depend on which thread did it. Returns whether z holds NaN.
 template <typename Z, typename T>
@@ -59,30 +48,34 @@ bool quantize_tiles(const at::Tensor& z, const at::Tensor& codebook, int64_t cha
   const int64_t grain =
       std::max<int64_t>(1, static_cast<int64_t>(kNanosecondsPerTask / (kTile * nearest.cost())));
   at::parallel_for(0, loss_of_tile.size(), grain, [&](int64_t begin, int64_t end) {
-    std::vector<T> latents(kTile * depth), scratch;
+    std::vector<T> latents(depth * kTile), chosen(depth * kTile), scratch;
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = tile * kTile;
       const int64_t count = std::min<int64_t>(kTile, num_latents - first);
-      int64_t place[kTile];
-      from.offsets(first, count, place);
-      for_each_element(count, depth, [&](int64_t p, int64_t d) {
-        latents[p * depth + d] = static_cast<T>(z_data[place[p] + d * from.channel_stride]);
+      from.for_each_element(first, count, depth, [&](int64_t p, int64_t d, int64_t at) {
+        latents[d * kTile + p] = static_cast<T>(z_data[at]);
       });
-      if (holds_nan(latents.data(), count * depth)) {
+      if (holds_nan(latents.data(), depth * kTile)) {
         found_nan = true;
         return;
       }
       nearest.find(latents.data(), count, scratch, index_data + first);
-      const T* code[kTile];
-      double loss = 0;
-      for (int64_t p = 0; p < count; ++p) {
-        code[p] = codes + index_data[first + p] * depth;
-        loss += squared_distance(latents.data() + p * depth, code[p], depth);
-      }
-      to.offsets(first, count, place);
-      for_each_element(count, depth, [&](int64_t p, int64_t d) {
-        z_q_data[place[p] + d * to.channel_stride] = static_cast<Z>(code[p][d]);
+      const int64_t* index = index_data + first;
+      for_each_in_blocks(count, depth, [&](int64_t p, int64_t d) {
+        chosen[d * kTile + p] = codes[index[p] * depth + d];
       });
+      T distances[kTile] = {};
+      for (int64_t d = 0; d < depth; ++d) {
+        for (int64_t p = 0; p < count; ++p) {
+          const T difference = latents[d * kTile + p] - chosen[d * kTile + p];
+          distances[p] += difference * difference;
+        }
+      }
+      to.for_each_element(first, count, depth, [&](int64_t p, int64_t d, int64_t at) {
+        z_q_data[at] = static_cast<Z>(chosen[d * kTile + p]);
+      });
+      double loss = 0;
+      for (int64_t p = 0; p < count; ++p) loss += distances[p];
       loss_of_tile[tile] = loss;
     }
   });
@@ -121,7 +114,7 @@ void sum_by_code(const at::Tensor& z, int64_t channel_dim, const at::Tensor& ind
         const int64_t count = std::min<int64_t>(kTile, num_latents - tile);
         int64_t place[kTile];
         at_z.offsets(tile, count, place);
-        for_each_element(count, width, [&](int64_t p, int64_t i) {
+        for_each_in_blocks(count, width, [&](int64_t p, int64_t i) {
           const int64_t k = index[tile + p], d = first + i;
           sum[k * width + i] +=
               static_cast<double>(z_data[place[p] + d * at_z.channel_stride]) - origin(k, d);
@@ -157,7 +150,7 @@ void gradients(const at::Tensor& grad_z_q, double grad_codebook_loss, double gra
       at_z.offsets(first, count, place_of_z);
       at_grad.offsets(first, count, place_of_grad);
       to.offsets(first, count, place);
-      for_each_element(count, depth, [&](int64_t p, int64_t d) {
+      for_each_in_blocks(count, depth, [&](int64_t p, int64_t d) {
         const T difference = static_cast<T>(z_data[place_of_z[p] + d * at_z.channel_stride]) -
                              codes[index_data[first + p] * depth + d];
         const T grad = static_cast<T>(grad_data[place_of_grad[p] + d * at_grad.channel_stride]);

@@ -18,7 +18,9 @@ struct Costs {
   }
 };
 
-Costs exhaustive_costs(double codes, double depth) { return {0, codes * (0.03 + 0.05 * depth)}; }
+Costs narrow_costs(double codes, double depth) {
+  return {3 * codes * depth, 15 + codes * (0.03 + 0.02 * depth)};
+}
 
 Costs screen_costs(double codes, double depth) {
   return {1.5 * codes * depth, 80 + codes * (0.02 + 0.027 * depth)};
@@ -56,47 +58,47 @@ NearestCodes<float>::NearestCodes(const float* codebook, int64_t num_codes, int6
                                   int64_t num_latents)
     : kernels_(search_kernels()), codebook_(codebook), num_codes_(num_codes), depth_(depth) {
   const double codes = static_cast<double>(num_codes), width = static_cast<double>(depth);
-  const Costs all = exhaustive_costs(codes, width), screen = screen_costs(codes, width),
-              tree = tree_costs(codes, width);
-  if (depth <= kMaxTreeDepth && num_codes > kernels_.lanes &&
-      tree.total(num_latents) < std::min(all.total(num_latents), screen.total(num_latents))) {
+  if (depth > kMaxNarrowDepth) {
+    const Costs costs = screen_costs(codes, width);
+    cost_ = costs.find;
+    screen_ = std::make_unique<CodeScreen>(codebook, num_codes, depth, 2 * kernels_.lanes,
+                                           runner(costs.prepare));
+    return;
+  }
+  const Costs tree = tree_costs(codes, width), narrow = narrow_costs(codes, width);
+  if (tree.total(num_latents) < narrow.total(num_latents)) {
+    cost_ = tree.find;
     tree_ = std::make_unique<BoxTree>(codebook, num_codes, depth, kernels_.lanes,
                                       parts_of(tree.prepare), runner(tree.prepare));
-    cost_ = tree.find;
-  } else if (screen.total(num_latents) < all.total(num_latents)) {
-    screen_ = std::make_unique<CodeScreen>(codebook, num_codes, depth, 2 * kernels_.lanes,
-                                           runner(screen.prepare));
-    cost_ = screen.find;
   } else {
-    cost_ = all.find;
+    cost_ = narrow.find;
+    narrow_ = std::make_unique<NarrowScreen>(codebook, num_codes, depth);
   }
 }
 
 void NearestCodes<float>::find(const float* latents, int64_t count, std::vector<float>& scratch,
                                int64_t* index) const {
   int32_t found[kTile];
-  const int64_t for_all = depth_ * kExhaustiveScratch;
   if (tree_) {
     kernels_.box_tree(tree_->view(), latents, count, found);
-  } else if (screen_) {
+  } else if (narrow_) {
+    kernels_.narrow_screen(narrow_->view(), latents, count, found);
+  } else {
     const CodeScreenView& view = screen_->view();
-    scratch.resize(for_all + depth_ * kTile + kTile * (depth_ + view.blocks()));
-    float* rest = scratch.data() + for_all;
-    kernels_.code_screen(view, latents, count, rest + depth_ * kTile, found);
+    scratch.resize(kTile * (depth_ + view.blocks()));
+    kernels_.code_screen(view, latents, count, scratch.data(), found);
     // Those with too many candidates, side by side.
     int32_t place[kTile], found_rest[kTile];
     int64_t rest_count = 0;
-    for (int64_t n = 0; n < count; ++n) {
-      if (found[n] >= 0) continue;
-      std::copy_n(latents + n * depth_, depth_, rest + rest_count * depth_);
-      place[rest_count++] = static_cast<int32_t>(n);
+    for (int64_t n = 0; n < count; ++n)
+      if (found[n] < 0) place[rest_count++] = static_cast<int32_t>(n);
+    if (rest_count > 0) {
+      for (int64_t d = 0; d < depth_; ++d)
+        for (int64_t i = 0; i < kTile; ++i)
+          scratch[d * kTile + i] = i < rest_count ? latents[d * kTile + place[i]] : 0.0f;
+      kernels_.exhaustive(codebook_, num_codes_, depth_, scratch.data(), rest_count, found_rest);
+      for (int64_t i = 0; i < rest_count; ++i) found[place[i]] = found_rest[i];
     }
-    kernels_.exhaustive(codebook_, num_codes_, depth_, rest, rest_count, scratch.data(),
-                        found_rest);
-    for (int64_t i = 0; i < rest_count; ++i) found[place[i]] = found_rest[i];
-  } else {
-    scratch.resize(for_all);
-    kernels_.exhaustive(codebook_, num_codes_, depth_, latents, count, scratch.data(), found);
   }
   std::copy_n(found, count, index);
 }

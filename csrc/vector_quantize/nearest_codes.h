@@ -1,6 +1,7 @@
 // The nearest codebook entries, by whichever search is fastest for the sizes; all give one answer.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -18,7 +19,7 @@ class NearestCodes<float> {
   // codebook: [num_codes, depth] without NaN; it must outlive this object.
   NearestCodes(const float* codebook, int64_t num_codes, int64_t depth, int64_t num_latents);
 
-  // latents: [count, depth], count <= kTile, without NaN. scratch: this thread's own.
+  // latents: [depth, kTile], of which the first `count`, without NaN. scratch: this thread's own.
   void find(const float* latents, int64_t count, std::vector<float>& scratch, int64_t* index) const;
 
   // Estimated time of one latent on one core, in nanoseconds.
@@ -30,6 +31,7 @@ class NearestCodes<float> {
   const int64_t num_codes_, depth_;
   double cost_;
   std::unique_ptr<BoxTree> tree_;
+  std::unique_ptr<NarrowScreen> narrow_;
   std::unique_ptr<CodeScreen> screen_;
 };
 
@@ -39,10 +41,10 @@ class NearestCodes<double> {
   NearestCodes(const double* codebook, int64_t num_codes, int64_t depth, int64_t)
       : kernels_(search_kernels()), codebook_(codebook), num_codes_(num_codes), depth_(depth) {}
 
-  void find(const double* latents, int64_t count, std::vector<double>& scratch,
-            int64_t* index) const {
-    scratch.resize(depth_ * kExhaustiveScratch);
-    kernels_.exhaustive64(codebook_, num_codes_, depth_, latents, count, scratch.data(), index);
+  void find(const double* latents, int64_t count, std::vector<double>&, int64_t* index) const {
+    int64_t found[kTile];
+    kernels_.exhaustive64(codebook_, num_codes_, depth_, latents, count, found);
+    std::copy_n(found, count, index);
   }
 
   double cost() const { return 0.1 * static_cast<double>(num_codes_ * depth_); }

@@ -7,26 +7,31 @@
 
 #include "fastldm/box_tree.h"
 #include "fastldm/code_screen.h"
+#include "fastldm/narrow_screen.h"
+#include "fastldm/tile.h"
 
 namespace fastldm {
 
-// Depths that the search through a BoxTree is compiled for: 1 to this.
-constexpr int64_t kMaxTreeDepth = 8;
+// Depths that the searches for narrow latents are compiled for: 1 to this.
+constexpr int64_t kMaxNarrowDepth = 8;
 
+// Each takes latents [depth, kTile], of which the first `count`, without NaN, and writes as many
+// indices.
 struct SearchKernels {
   const char* name;
   int lanes;  // floats in a register
   void (*box_tree)(const BoxTreeView& tree, const float* latents, int64_t count, int32_t* index);
+  void (*narrow_screen)(const NarrowScreenView& screen, const float* latents, int64_t count,
+                        int32_t* index);
+  // scratch: [kTile * (depth + blocks)]; index: -1 where the latent is to be searched exhaustively
   void (*code_screen)(const CodeScreenView& screen, const float* latents, int64_t count,
                       float* scratch, int32_t* index);
-  // scratch: [depth, kExhaustiveScratch]
+  // index: [kTile]
   void (*exhaustive)(const float* codebook, int64_t num_codes, int64_t depth, const float* latents,
-                     int64_t count, float* scratch, int32_t* index);
+                     int64_t count, int32_t* index);
   void (*exhaustive64)(const double* codebook, int64_t num_codes, int64_t depth,
-                       const double* latents, int64_t count, double* scratch, int64_t* index);
+                       const double* latents, int64_t count, int64_t* index);
 };
-
-constexpr int64_t kExhaustiveScratch = 64;
 
 // Null where this build or this processor does not have the instruction set.
 const SearchKernels* avx512_kernels();

@@ -26,6 +26,7 @@ OPERATORS = (
 BACKENDS = ("triton", "cpp", "reference")
 """In the order in which "auto" tries them."""
 
+_CUDA_DIMENSIONS = 8
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -129,11 +130,14 @@ def _why_not_triton(name: str, x: Tensor) -> str | None:
 
 
 def _vector_quantize_cpp(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> str | None:
-    if z.device.type != "cpu":
-        return f"it serves CPU tensors, z is on {z.device}"
-    if z.dtype not in _REAL_DTYPES or codebook.dtype not in _REAL_DTYPES:
-        return f"no kernel for z of {z.dtype} and a codebook of {codebook.dtype}"
-    return _extension_problem()
+    if z.device.type not in ("cpu", "cuda"):
+        return f"it serves CPU and CUDA tensors, z is on {z.device}"
+    dtypes = _REAL_DTYPES if z.device.type == "cpu" else _REAL_DTYPES[:-1]
+    if z.dtype not in dtypes or codebook.dtype not in dtypes:
+        return f"no kernel for z of {z.dtype} and a codebook of {codebook.dtype} on {z.device.type}"
+    if z.device.type == "cuda" and z.ndim > _CUDA_DIMENSIONS:
+        return f"its CUDA kernels take {_CUDA_DIMENSIONS} dimensions, z has {z.ndim}"
+    return _extension_problem() or _cuda_kernels_problem(z.device)
 
 
 def _codebook_statistics_cpp(z: Tensor, *_: Any, **__: Any) -> str | None:
@@ -156,6 +160,11 @@ def _extension_problem() -> str | None:
 
 
 @_constant_when_traced
+def _cuda_kernels_problem(device: torch.device) -> str | None:
+    return _extension.cuda_problem(device)
+
+
+@_constant_when_traced
 def _triton_problem() -> str | None:
     return _triton.problem()
 
@@ -172,7 +181,7 @@ def _report_once(op_name: str, name: str, reason: str) -> None:
         return
     _reported.add((op_name, name, reason))
     # That there is no kernel, or none for this device, is no news; that the extension fails is.
-    fails = (op_name, name) in _PREDICATES and reason == _extension.problem()
+    fails = name == "cpp" and (op_name, name) in _PREDICATES and reason == _extension.problem()
     level = logging.WARNING if fails else logging.INFO
     _logger.log(level, "%s is not served by the %s backend: %s", op_name, name, reason)
 

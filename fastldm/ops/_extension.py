@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+_OLDEST_CAPABILITY = (8, 0)
 _REBUILD = "reinstall with: pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
@@ -54,3 +55,20 @@ def extension() -> ModuleType:
 def problem() -> str | None:
     """Why the extension cannot be used here; None where it can."""
     return _load()[1]
+
+
+def cuda_problem(device: torch.device) -> str | None:
+    """Why the extension's CUDA kernels cannot serve a device; None where they can."""
+    if device.type != "cuda":
+        return None
+    if not extension().has_cuda:
+        return (
+            "the extension fastldm._C was built without CUDA: no CUDA toolkit of torch's major "
+            f"version was found when fastldm was installed; {_REBUILD}"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST_CAPABILITY:
+        return (
+            f"its CUDA kernels need sm_80 or newer, {device} is sm_{capability[0]}{capability[1]}"
+        )
+    return None

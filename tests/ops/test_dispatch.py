@@ -89,7 +89,7 @@ def test_a_backend_asked_for_by_name_raises_its_reason(
 def test_reasons_name_device_and_dtype() -> None:
     meta = torch.zeros(2, 3, device="meta")
     reason = _dispatch.why_not("vector_quantize", "cpp", meta, meta)
-    assert reason == "it serves CPU tensors, z is on meta"
+    assert reason == "it serves CPU and CUDA tensors, z is on meta"
     narrow = torch.zeros(2, 3).to(torch.float8_e4m3fn)
     reason = _dispatch.why_not("vector_quantize", "cpp", narrow, torch.zeros(2, 3))
     assert reason is not None

@@ -3,6 +3,7 @@
 
 #include "fastldm/box_tree.h"
 #include "fastldm/simd.h"
+#include "fastldm/tile.h"
 
 namespace fastldm::FASTLDM_ISA {
 
@@ -103,6 +104,7 @@ struct BoxTreeSearch {
   }
 };
 
+// latents: [D, kTile], of which the first `count`.
 template <int D>
 void search_box_tree_of_depth(const BoxTreeView& tree, const float* latents, int64_t count,
                               int32_t* index) {
@@ -110,7 +112,7 @@ void search_box_tree_of_depth(const BoxTreeView& tree, const float* latents, int
   for (int64_t n = 0; n < count; ++n) {
     bool finite = true;
     for (int d = 0; d < D; ++d) {
-      const float value = latents[n * D + d];
+      const float value = latents[d * kTile + n];
       finite &= value - value == 0;
       search.z[d] = broadcast(value);
     }

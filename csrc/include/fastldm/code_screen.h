@@ -8,7 +8,7 @@
 // is that of the exhaustive search to the bit.
 //
 // The bound. With u = 2^-24 and M no less than any |e'|: rounding z', e', |e'|^2 / 2 and the chain
-// of D multiply-adds changes a score by at most E = (D + 8) u (|z'| M + M^2). A distance as
+// of D multiply-adds changes a score by at most E = (D + 3) u (|z'| M + M^2). A distance as
 // specified is (1 + t) times the true one, |t| <= (D + 2) u =: g. Let b have the largest score S
 // and w be the code that the specification chooses. From |z'|^2 - 2 s_w <= (|z'|^2 - 2 s_b)(1 + g)
 // / (1 - g) follows that the score found for w is at least
@@ -30,9 +30,6 @@
 
 namespace fastldm {
 
-// Latents that a search is called with, at most.
-constexpr int kTile = 96;
-
 constexpr float kUnitRoundoff = 0x1p-24f;
 
 // How far below the largest score that of the chosen code may lie. Not finite, or past the range
@@ -40,11 +37,31 @@ constexpr float kUnitRoundoff = 0x1p-24f;
 //   latent_norm, code_norm: |z'| and M
 FASTLDM_HOST_DEVICE inline float screen_margin(int64_t depth, float latent_norm, float code_norm,
                                                float largest_score) {
-  const float unit = static_cast<float>(depth + 8) * kUnitRoundoff;
+  const float unit = static_cast<float>(depth + 3) * kUnitRoundoff;
   const float score_error = unit * (latent_norm * code_norm + code_norm * code_norm);
   const float distance = latent_norm * latent_norm - 2 * largest_score + 2 * score_error;
   const float slack = 2 * score_error + unit * (distance > 0 ? distance : 0);
   return 1.25f * slack + static_cast<float>(depth) * 1e-37f;
+}
+
+// Channel d of the centre: any will do, and one amid the codes makes the margin small.
+FASTLDM_HOST_DEVICE inline float screen_centre(const float* codebook, int64_t num_codes,
+                                               int64_t depth, int64_t d) {
+  const int64_t samples = num_codes < 64 ? num_codes : 64;
+  float sum = 0;
+  for (int64_t i = 0; i < samples; ++i)
+    sum += codebook[i * num_codes / samples * depth + d] / static_cast<float>(samples);
+  return sum;
+}
+
+// No less than the root of a sum of squares that was taken in double, rounded to float.
+inline float norm_bound(double sum_of_squares) {
+  return static_cast<float>(std::sqrt(sum_of_squares) * (1 + 1e-6));
+}
+
+// Whether the margin bounds anything: not where it comes of NaN, infinity or overflow.
+FASTLDM_HOST_DEVICE inline bool is_bounded(float latent_norm, float code_norm, float margin) {
+  return (latent_norm < 1e15f) & (code_norm < 1e15f) & (margin < 1e37f);
 }
 
 // What a search reads. Codes are in panels of `panel` codes, panels in blocks; lanes beyond the
@@ -73,10 +90,11 @@ class CodeScreen {
     // A candidate's block is scored again, so its size is a compromise between that and the
     // reductions that keep one score a block.
     view_.panels_of_block = std::max<int64_t>(1, 32 / depth);
-    centre_of(codebook, num_codes, depth);
+    centre_.resize(depth);
+    for (int64_t d = 0; d < depth; ++d) centre_[d] = screen_centre(codebook, num_codes, depth, d);
     centred_.resize(view_.panels * depth * panel);
     minus_half_square_.resize(view_.panels * panel);
-    std::vector<double> norms(view_.panels, 0.0);
+    std::vector<double> squares(view_.panels, 0.0);
     run(view_.panels, [&](int64_t p) {
       float* to = centred_.data() + p * depth * panel;
       for (int lane = 0; lane < panel; ++lane) {
@@ -90,12 +108,13 @@ class CodeScreen {
         minus_half_square_[p * panel + lane] = k < num_codes
                                                    ? static_cast<float>(-0.5 * square)
                                                    : -std::numeric_limits<float>::infinity();
-        norms[p] = std::max(norms[p], square);
+        if (!(square <= squares[p])) squares[p] = square;
       }
     });
     double largest = 0;
-    for (const double square : norms) largest = std::max(largest, square);
-    view_.code_norm = static_cast<float>(std::sqrt(largest) * (1 + 1e-6));
+    for (const double square : squares)
+      if (!(square <= largest)) largest = square;
+    view_.code_norm = norm_bound(largest);
     view_.centre = centre_.data();
     view_.centred = centred_.data();
     view_.minus_half_square = minus_half_square_.data();
@@ -104,15 +123,6 @@ class CodeScreen {
   const CodeScreenView& view() const { return view_; }
 
  private:
-  void centre_of(const float* codebook, int64_t num_codes, int64_t depth) {
-    std::vector<double> sum(depth, 0.0);
-    for (int64_t k = 0; k < num_codes; ++k)
-      for (int64_t d = 0; d < depth; ++d) sum[d] += codebook[k * depth + d];
-    centre_.resize(depth);
-    for (int64_t d = 0; d < depth; ++d)
-      centre_[d] = static_cast<float>(sum[d] / static_cast<double>(num_codes));
-  }
-
   CodeScreenView view_;
   std::vector<float> centre_, centred_, minus_half_square_;
 };

@@ -4,6 +4,7 @@
 
 #include "fastldm/code_screen.h"
 #include "fastldm/simd.h"
+#include "fastldm/tile.h"
 
 namespace fastldm::FASTLDM_ISA {
 
@@ -33,10 +34,11 @@ FASTLDM_INLINE void score_panel(const float* latents, const float* centred,
 }
 
 // The distance as specified: differences squared and added in order, each rounded.
-FASTLDM_INLINE float exact_distance(const float* latent, const float* code, int64_t depth) {
+// latent: elements kTile apart.
+inline float exact_distance(const float* latent, const float* code, int64_t depth) {
   float sum = 0;
   for (int64_t d = 0; d < depth; ++d) {
-    const float difference = latent[d] - code[d];
+    const float difference = latent[d * kTile] - code[d];
     sum += difference * difference;
   }
   return sum;
@@ -47,11 +49,13 @@ FASTLDM_INLINE float exact_distance(const float* latent, const float* code, int6
 inline int32_t nearest_candidate(const CodeScreenView& screen, const float* latent,
                                  const float* centred_latent, const float* block_scores,
                                  float threshold) {
-  float best = __builtin_inff();
-  int32_t best_index = 0;
-  int64_t candidates = 0;
+  const auto distance_to = [&](int64_t k) {
+    return exact_distance(latent, screen.codebook + k * screen.depth, screen.depth);
+  };
   // One measured alone takes as long as 32 in the vectors of the exhaustive search.
   const int64_t most_candidates = 8 + screen.num_codes / 32;
+  float best = 0;
+  int64_t best_index = 0, candidates = 0;
   const int64_t blocks = screen.blocks();
   for (int64_t block = 0; block < blocks; ++block) {
     if (!(block_scores[block] >= threshold)) continue;
@@ -65,34 +69,41 @@ inline int32_t nearest_candidate(const CodeScreenView& screen, const float* late
                      screen.minus_half_square + panel * kPanel, screen.depth, &scores);
       uint32_t near = lanes_at_most(broadcast(threshold), scores.low) |
                       lanes_at_most(broadcast(threshold), scores.high) << kFloats;
-      candidates += __builtin_popcount(near);
-      if (candidates > most_candidates) return -1;
       for (; near != 0; near &= near - 1) {
         const int64_t k = panel * kPanel + __builtin_ctz(near);
-        if (k >= screen.num_codes) break;
-        const float distance =
-            exact_distance(latent, screen.codebook + k * screen.depth, screen.depth);
+        if (++candidates == 1) {
+          best_index = k;
+          continue;
+        }
+        if (candidates > most_candidates) return -1;
+        if (candidates == 2) best = distance_to(best_index);
+        const float distance = distance_to(k);
         if (distance < best) {
           best = distance;
-          best_index = static_cast<int32_t>(k);
+          best_index = k;
         }
       }
     }
   }
-  return best_index;
+  return static_cast<int32_t>(best_index);
 }
 
-// latents: [count, depth], count <= kTile. scratch: [kTile * (depth + blocks)]. index: [count], -1
-// where the latent is to be searched exhaustively.
+// latents: [depth, kTile], of which the first `count`. scratch: [kTile * (depth + blocks)]. index:
+// [count], -1 where the latent is to be searched exhaustively.
 inline void search_code_screen(const CodeScreenView& screen, const float* latents, int64_t count,
                                float* scratch, int32_t* index) {
   const int64_t depth = screen.depth, blocks = screen.blocks();
   float* centred = scratch;
   float* block_scores = scratch + kTile * depth;
   const int64_t rows = (count + kRows - 1) / kRows * kRows;
-  for (int64_t n = 0; n < rows; ++n)
-    for (int64_t d = 0; d < depth; ++d)
-      centred[n * depth + d] = n < count ? latents[n * depth + d] - screen.centre[d] : 0.0f;
+  // In blocks that keep to a few cache lines on either side.
+  constexpr int64_t kBlock = 16;
+  for (int64_t d_block = 0; d_block < depth; d_block += kBlock) {
+    const int64_t d_end = d_block + kBlock < depth ? d_block + kBlock : depth;
+    for (int64_t n = 0; n < rows; ++n)
+      for (int64_t d = d_block; d < d_end; ++d)
+        centred[n * depth + d] = n < count ? latents[d * kTile + n] - screen.centre[d] : 0.0f;
+  }
 
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * screen.panels_of_block;
@@ -114,21 +125,19 @@ inline void search_code_screen(const CodeScreenView& screen, const float* latent
   }
 
   for (int64_t n = 0; n < count; ++n) {
-    double square = 0;
+    double squares[4] = {};
     for (int64_t d = 0; d < depth; ++d)
-      square += static_cast<double>(centred[n * depth + d]) * centred[n * depth + d];
-    const float norm = static_cast<float>(__builtin_sqrt(square) * (1 + 1e-6));
+      squares[d % 4] += static_cast<double>(centred[n * depth + d]) * centred[n * depth + d];
+    const float norm = norm_bound(squares[0] + squares[1] + squares[2] + squares[3]);
     const float* scores = block_scores + n * blocks;
     float top = -__builtin_inff();
     for (int64_t block = 0; block < blocks; ++block)
       top = scores[block] > top ? scores[block] : top;
     const float margin = screen_margin(depth, norm, screen.code_norm, top);
     const float threshold = top - margin;
-    // False also for NaN and infinity: there is no bound, and so no screening.
-    const bool bounded = norm < 1e15f && screen.code_norm < 1e15f && margin < 1e37f;
-    index[n] = bounded ? nearest_candidate(screen, latents + n * depth, centred + n * depth, scores,
-                                           threshold)
-                       : -1;
+    index[n] = is_bounded(norm, screen.code_norm, margin)
+                   ? nearest_candidate(screen, latents + n, centred + n * depth, scores, threshold)
+                   : -1;
   }
 }
 

@@ -7,11 +7,12 @@
 #pragma once
 
 #include "fastldm/simd.h"
+#include "fastldm/tile.h"
 
 namespace fastldm::FASTLDM_ISA {
 
-// A tile's latents, transposed: element d of latent p at latents[d * kWidth + p]. Its accumulators
-// are to stay in registers: left to the loop vectoriser, they go to memory at every d.
+// kWidth latents of [depth, kTile]. Their accumulators are to stay in registers: left to the loop
+// vectoriser, they go to memory at every d.
 template <typename T, typename Index>
 struct ExhaustiveTile {
   static_assert(sizeof(T) == sizeof(Index));
@@ -35,7 +36,7 @@ struct ExhaustiveTile {
       const T* code = codebook + k * depth;
       Values distance[kVectors] = {};
       for (int64_t d = 0; d < depth; ++d) {
-        const Values* z = reinterpret_cast<const Values*>(latents + d * kWidth);
+        const Values* z = reinterpret_cast<const Values*>(latents + d * kTile);
         for (int v = 0; v < kVectors; ++v) {
           const Values difference = z[v] - code[d];
           distance[v] += difference * difference;
@@ -52,20 +53,14 @@ struct ExhaustiveTile {
   }
 };
 
-// latents: [count, depth]; scratch: [depth * kWidth]; index: [count].
+// latents: [depth, kTile], of which the first `count`. index: [kTile], the rest of it not used.
 template <typename T, typename Index>
 void search_exhaustively(const T* codebook, int64_t num_codes, int64_t depth, const T* latents,
-                         int64_t count, T* scratch, Index* index) {
+                         int64_t count, Index* index) {
   using Tile = ExhaustiveTile<T, Index>;
-  for (int64_t first = 0; first < count; first += Tile::kWidth) {
-    const int64_t used = count - first < Tile::kWidth ? count - first : Tile::kWidth;
-    for (int64_t d = 0; d < depth; ++d)
-      for (int64_t p = 0; p < Tile::kWidth; ++p)
-        scratch[d * Tile::kWidth + p] = p < used ? latents[(first + p) * depth + d] : T(0);
-    Index found[Tile::kWidth];
-    Tile::search(scratch, codebook, num_codes, depth, found);
-    for (int64_t p = 0; p < used; ++p) index[first + p] = found[p];
-  }
+  static_assert(kTile % Tile::kWidth == 0);
+  for (int64_t first = 0; first < count; first += Tile::kWidth)
+    Tile::search(latents + first, codebook, num_codes, depth, index + first);
 }
 
 }  // namespace fastldm::FASTLDM_ISA

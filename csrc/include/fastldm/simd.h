@@ -32,6 +32,7 @@ constexpr int kRegisterBytes = 16;
 #endif
 
 using Floats = float __attribute__((vector_size(kRegisterBytes), may_alias));
+using Ints = int32_t __attribute__((vector_size(kRegisterBytes), may_alias));
 constexpr int kFloats = kRegisterBytes / sizeof(float);
 
 FASTLDM_INLINE Floats load(const float* from) {
