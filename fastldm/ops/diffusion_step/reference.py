@@ -56,9 +56,9 @@ def philox_normal(shape: torch.Size, dtype: torch.dtype, seed: Tensor, offset: T
 
     Of the block's words w₀…w₃ each pair (a, b) gives two lanes by Box and Muller's transform:
     ``√(−2 ln u) cos(2π v)`` and ``√(−2 ln u) sin(2π v)`` with ``u = (⌊a/2⌋ + 1)·2⁻³¹`` rounded to
-    float32 and ``v = ⌊b/256⌋·2⁻²⁴``. The transform is in float64 for float64 and in float32 for
-    every other dtype, and made of sums, products, quotients and square roots, each rounded: any
-    backend that takes them one by one draws the same bits, which no two libraries' ln and cos do.
+    float32 and ``v = ⌊b/256⌋·2⁻²⁴``. The transform is in float32 for every dtype, and made of
+    sums, products, quotients and square roots, each rounded: any backend that takes them one by
+    one draws the same bits, which no two libraries' ln and cos do.
 
     Args:
         shape: [B, …].
@@ -69,7 +69,6 @@ def philox_normal(shape: torch.Size, dtype: torch.dtype, seed: Tensor, offset: T
     Returns:
         Noise of `shape` and `dtype`, contiguous.
     """
-    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     rows = seed.shape[0]
     count = math.prod(shape) if rows == 1 else math.prod(shape[1:])
     block = torch.arange((count + 3) // 4, device=seed.device).unsqueeze(0)
@@ -80,10 +79,10 @@ def philox_normal(shape: torch.Size, dtype: torch.dtype, seed: Tensor, offset: T
     )
     lanes: list[Tensor] = []
     for a, b in (words[:2], words[2:]):
-        # u is a float32 number by definition: near 1 its rounding is what ln u depends on.
-        u = (((a >> 1).to(torch.float32) + 1) * 2.0**-31).to(compute_dtype)
-        radius = (-2 * _logarithm(u)).sqrt()
-        cosine, sine = _turn(b >> 8, compute_dtype)
+        u = ((a >> 1).to(torch.float32) + 1) * 2.0**-31
+        # By way of float64, because not every library rounds a float32 root correctly.
+        radius = (-2 * _logarithm(u)).double().sqrt().float()
+        cosine, sine = _turn(b >> 8)
         lanes += [radius * cosine, radius * sine]
     normal = torch.stack(lanes, dim=-1).flatten(1)[:, :count]
     return normal.reshape(shape).to(dtype)
@@ -95,18 +94,16 @@ def _logarithm(u: Tensor) -> Tensor:
     is_small = mantissa < math.sqrt(0.5)
     mantissa = torch.where(is_small, 2 * mantissa, mantissa)
     s = (mantissa - 1) / (mantissa + 1)
-    terms = range(11 if u.dtype == torch.float64 else 5)
-    series = _polynomial(s * s, [1 / (2 * k + 1) for k in terms])
+    series = _polynomial(s * s, [1 / (2 * k + 1) for k in range(5)])
     return (exponent - is_small.to(exponent.dtype)).to(u.dtype) * math.log(2) + 2 * s * series
 
 
-def _turn(position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _turn(position: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle ``2π·position·2⁻²⁴``, from the nearest quarter turn."""
     quarter = (position + 2**21) >> 22
-    t = (position - (quarter << 22)).to(dtype) * (2 * math.pi * 2.0**-24)
-    terms = range(9 if dtype == torch.float64 else 6)
-    cosine = _polynomial(t * t, [(-1) ** k / math.factorial(2 * k) for k in terms])
-    sine = t * _polynomial(t * t, [(-1) ** k / math.factorial(2 * k + 1) for k in terms])
+    t = (position - (quarter << 22)).to(torch.float32) * (2 * math.pi * 2.0**-24)
+    cosine = _polynomial(t * t, [(-1) ** k / math.factorial(2 * k) for k in range(6)])
+    sine = t * _polynomial(t * t, [(-1) ** k / math.factorial(2 * k + 1) for k in range(6)])
     is_odd = (quarter & 1).bool()
     along, across = torch.where(is_odd, sine, cosine), torch.where(is_odd, cosine, sine)
     return (
