@@ -29,12 +29,12 @@ def lookup(tmp_path_factory: pytest.TempPathFactory) -> Lookup:
         pytest.skip("there is no C++ compiler")
     library = tmp_path_factory.mktemp("device") / "logic.so"
     source = Path(__file__).with_name("device_logic.cpp")
-    subprocess.run(
-        [*compiler, "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall",
-         "-Werror", "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc' / 'include'}", str(source),
-         "-o", str(library)],
-        check=True,
-    )  # fmt: skip
+    flags = [
+        "-std=c++20", "-O2", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Werror",
+        "-Wno-unknown-pragmas", f"-I{ROOT / 'csrc' / 'include'}",
+        *os.environ.get("CXXFLAGS", "").split(),
+    ]  # fmt: skip
+    subprocess.run([*compiler, *flags, str(source), "-o", str(library)], check=True)
     function = ctypes.CDLL(str(library)).lookup
     function.restype = ctypes.c_int64
 
