@@ -87,7 +87,11 @@ def _one_line(error: BaseException) -> str:
 
 
 def _set_up_logging() -> None:
-    """Progress to stderr from the main process; the choice of operator backends is not news."""
+    """Progress to stderr from the main process; the choice of operator backends is not news.
+
+    Nor is each of the attempts to reach the hub, whose last failure becomes the command's error.
+    """
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("fastldm").setLevel(logging.INFO)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
-from fastldm.errors import ConfigError
+from fastldm.cli.messages import plain_message
+from fastldm.errors import ConfigError, FastLDMError
 
 _Config = TypeVar("_Config")
+_STRICT = ("--strict", "--data.strict=true")
+"""A flag, and what it is short for."""
 
 
 def parse_config(
@@ -28,12 +31,15 @@ def parse_config(
         SystemExit: ``--help`` was asked for and shown.
     """
     parser = build_parser(kind, command, description)
+    words = [_STRICT[1] if word == _STRICT[0] else word for word in arguments]
     try:
-        namespace = parser.parse_args(list(arguments))
+        namespace = parser.parse_args(words)
         # FastLDM's own errors are raised in the dataclasses' checks.
         values = parser.instantiate(namespace)
-    except argparse.ArgumentError as error:
-        raise ConfigError(_plain(error)) from None
+    except FastLDMError:
+        raise
+    except (argparse.ArgumentError, ValueError) as error:
+        raise ConfigError(plain_message(error, kind, _config_files(words))) from None
     return kind(**{name: value for name, value in vars(values).items() if name != "config"})
 
 
@@ -44,6 +50,7 @@ def build_parser(kind: type, command: str, description: str) -> Any:
     parser = jsonargparse.ArgumentParser(
         prog=f"fastldm {command}",
         description=description,
+        epilog=f"{_STRICT[0]}: short for {_STRICT[1]}, stop at an unreadable image.",
         exit_on_error=False,
         allow_abbrev=False,
     )
@@ -52,7 +59,6 @@ def build_parser(kind: type, command: str, description: str) -> Any:
     return parser
 
 
-def _plain(error: argparse.ArgumentError) -> str:
-    """The message on one line, types by their bare names."""
-    text = " ".join(str(error).split())
-    return re.sub(r"Expected a <class '(\w+)'>", r"expected a value of type \1", text)
+def _config_files(words: list[str]) -> list[str]:
+    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    return files + [after for word, after in pairwise(words) if word == "--config"]

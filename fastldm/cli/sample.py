@@ -63,6 +63,7 @@ def run(arguments: Sequence[str]) -> None:
 
     model = LatentDiffusion.from_pretrained(config.model).to(default_device(config.cpu))
     texts, conditions = _conditions(config)
+    _check_conditions(config, model)
     count = config.num_images * (1 if conditions is None else len(conditions))
     if conditions is not None:
         texts = [text for text in texts for _ in range(config.num_images)]
@@ -121,6 +122,24 @@ def _conditions(config: SampleConfig) -> tuple[list[str], list[Any] | None]:
         else:
             numbers.append(int(entry))
     return [names[number] if number < len(names) else str(number) for number in numbers], numbers
+
+
+def _check_conditions(config: SampleConfig, model: Any) -> None:
+    """Name the option, where the model would name an argument of its own."""
+    if model.conditioning in ("concat", "hybrid"):
+        raise ConfigError(
+            f"model: {config.model} is conditioned on images; draw from it with "
+            "fastldm.LatentDiffusion.sample"
+        )
+    takes = None
+    if model.conditioning != "none":
+        takes = "classes" if model.tokenizer is None else "captions"
+    for name in ("captions", "classes"):
+        given = getattr(config, name) is not None
+        if given and takes is None:
+            raise ConfigError(f"{name}: given, but {config.model} is unconditional")
+        if given != (name == takes):
+            raise ConfigError(f"{takes}: {config.model} is conditioned on them; give some")
 
 
 def _scheduler(config: SampleConfig, model: Any) -> Any:

@@ -67,6 +67,11 @@ def test_from_images_to_images(
 
     wanted = ("--classes", '["light", 0]') if kind == "vq" else ("--captions", "a dark square")
     samples = tmp_path / "samples"
+    other = ("--captions", "a") if kind == "vq" else ("--classes", 0)
+    needed = "classes" if kind == "vq" else "captions"
+    for options in ((), other):
+        shown = run("sample", "--model", second, *options, "--output_dir", samples, status=2)
+        assert f"{needed}: {second} is conditioned on them; give some" in shown
     run("sample", "--model", second, *wanted, "--num_images", 2, "--num_inference_steps", 2,
         "--guidance_scale", 1.5, "--scheduler", "ddpm", "--batch_size", 3,
         "--output_dir", samples, "--cpu", "true")  # fmt: skip
@@ -113,7 +118,7 @@ def test_an_unconditional_model_samples(
         "--resolution", 32, "--output_dir", samples, "--cpu", "true")  # fmt: skip
     assert Image.open(samples / "00002.png").size == (32, 32)
     shown = run("sample", "--model", second, "--classes", 1, "--output_dir", samples, status=2)
-    assert "unconditional" in shown
+    assert f"classes: given, but {second} is unconditional" in shown
     shown = run("evaluate", "--model", model, *data, "--fid_samples", 4, "--inception_weights",
                 tmp_path / "none.pth", status=2)  # fmt: skip
     assert "holds only a first stage" in shown

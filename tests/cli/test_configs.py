@@ -104,6 +104,8 @@ def test_diffusion_models(name: str, parameters: int) -> None:
         ("examples/folder-kl", AutoencoderTrainingConfig),
         ("examples/folder-vq", AutoencoderTrainingConfig),
         ("examples/class-conditional", LatentDiffusionTrainingConfig),
+        ("examples/text-conditional", LatentDiffusionTrainingConfig),
+        ("examples/unconditional", LatentDiffusionTrainingConfig),
     ],
 )
 def test_demo_and_examples(name: str, kind: Any) -> None:

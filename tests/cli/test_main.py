@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -44,15 +45,21 @@ def test_no_or_an_unknown_command(run: Run, arguments: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (["--data.resolution", "large"], "data.resolution"),
-        (["--data.resolutoin", "32"], "--data.resolutoin"),
-        (["--loss.kl_wieght", "1"], "kl_wieght"),
-        (["--batch_size", "two"], "batch_size"),
-        (["--data.crop", "left"], "data.crop"),
+        (["--data.resolution", "large"], "data.resolution: expected an integer, got large"),
+        (["--data.resolutoin", "32"], "data.resolutoin: there is no such option; did you mean "),
+        (["--loss.kl_wieght", "1"], "did you mean loss.kl_weight?"),
+        (["--colour", "1"], "colour: there is no such option"),
+        (["--batch_size", "two"], "batch_size: expected an integer, got two"),
+        (["--max_grad_norm", "big"], "max_grad_norm: expected a number or null, got big"),
+        (["--adam_betas", "[a, b]"], "adam_betas: expected a number, got a"),
+        (["--data.crop", "left"], "data.crop: expected one of center, random, pad, none, got left"),
+        (["--data", "photos"], "data: expected fields with their values, got photos\n"),
+        (["--max_steps"], "max_steps: expected one argument"),
         (["--batch_size", "0"], "batch_size: expected an integer of at least 1"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--config", "nowhere.yaml"], "config: File does not exist: "),
         (["--model.class_name", "os.system"], "model.class_name: expected one of AutoencoderKL"),
         (["--model.config.chanels", "3"], "no config field 'chanels'"),
+        (["--model.config.latent_channels", "four"], "latent_channels: expected int, got 'four'"),
         (["--data.resolution", "15"], "data.resolution: 15 is not a multiple of f = 2"),
         (["--data.source", "/nowhere/at/all"], "/nowhere/at/all"),
     ],
@@ -69,6 +76,50 @@ def test_wrong_input_is_one_line_and_status_2(
     assert "class '" not in shown
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--data.resolution", "large"], "data.resolution: expected an integer, got large\n"),
+        (["--data.resoluton", "8"], "data.resoluton: there is no such option; did you mean data."),
+        (["--data.crop", "left"], "data.crop: expected one of center, random, pad, none, got left"),
+        (["--data.holdout_fraction", "2"], "error: holdout_fraction must be at least 0 and below"),
+        (["--data", "photos"], "data: expected fields with their values, got photos\n"),
+        (["--conditioner", "TextEncoder"], "conditioner: expected fields with their values"),
+        (["--conditioner.class", "a"], "conditioner.class: there is no such option; did you mean "),
+        (["--mixed_precision", "8"], "expected one of no, bf16, fp16 or null, got 8"),
+    ],
+)
+def test_options_that_may_be_left_out_have_as_clear_errors(
+    run: Run, images: Path, second_stage_yaml: Path, tmp_path: Path, options: list[str],
+    expected: str,
+) -> None:  # fmt: skip
+    common = ["--output_dir", tmp_path, "--first_stage", tmp_path, "--data.source", images]
+    shown = run("train-ldm", "--config", second_stage_yaml, *common, *options, status=2)
+    assert shown.count("\n") == 1, shown
+    assert expected in shown
+
+
+def test_strict_stops_at_an_unreadable_image_and_otherwise_it_is_counted(
+    run: Run, images: Path, first_stage_yaml: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    (folder / "dark" / "00.png").write_bytes(b"no image")
+    (folder / "light" / "01.png").write_bytes((folder / "light" / "03.png").read_bytes()[:-40])
+    options = ["--output_dir", tmp_path / "out", "--data.source", folder, "--data.resolution", 16]
+    command = ["train-autoencoder", "--config", first_stage_yaml, *options, "--max_steps", 3]
+    shown = run(*command, "--strict", status=2)
+    assert "unreadable image dark/00.png" in shown
+    assert shown.count("\n") == 1, shown
+    run(*command)
+    assert (
+        "dark/00.png: ValueError: not an image of a known format; skipped, 1 of 12" in caplog.text
+    )
+    assert "light/01.png" in caplog.text
+    assert "2 unreadable images were skipped" in caplog.text
+
+
 def test_a_missing_value_is_named(run: Run) -> None:
     shown = run("train-autoencoder", "--max_steps", 1, status=2)
     assert shown.count("\n") == 1
@@ -78,9 +129,10 @@ def test_a_missing_value_is_named(run: Run) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("batch_size: two\n", "batch_size"),
-        ("batchsize: 2\n", "batchsize"),
-        ("model: [1, 2\n", "config"),
+        ("batch_size: two\n", "batch_size: expected an integer, got two"),
+        ("batchsize: 2\n", "batchsize: there is no such option; did you mean batch_size?"),
+        ("data: {souce: a}\n", "data.souce: there is no such option; did you mean data.source?"),
+        ("model: [1, 2\n", "wrong.yaml: not YAML: "),
     ],
 )
 def test_a_wrong_file_is_one_line(run: Run, tmp_path: Path, text: str, expected: str) -> None:
