@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError, ConfigError
-from fastldm.models.weights import Locator, make_locator
+from fastldm.models.base import ModelMixin
+from fastldm.models.weights import Locator, make_locator, why_no_model
 from fastldm.storage import atomic_directory, load_weights, read_json, save_weights, write_json
 
 INDEX_FILE = "model_index.json"
@@ -150,7 +151,7 @@ def read_pipeline(
     index_path = locate(INDEX_FILE)
     if index_path is None:
         raise CheckpointError(
-            f"{source}: no {INDEX_FILE}, so it is no saved latent diffusion model"
+            f"no saved latent diffusion model: {why_no_model(source, INDEX_FILE)}"
         )
     index = _read_index(index_path)
     components: dict[str, Any] = {}
@@ -199,16 +200,15 @@ def _load(
         if library != "transformers":
             raise
         raise CheckpointError(f"{Path(source, name)}: {error}") from None
-    if isinstance(part, nn.Module):
+    if isinstance(part, nn.Module) and not isinstance(part, ModelMixin):
         _align(part)
     return part
 
 
 def _align(module: nn.Module) -> None:
-    """Give each weight memory of its own.
+    """Give each weight memory of its own, as `ModelMixin.from_pretrained` does.
 
-    Weights read from a file lie in it at any address, and CPU kernels round differently where
-    vectors are not aligned: a loaded model would not draw the images of the saved one bit for bit.
+    Otherwise a loaded model would not draw the images of the saved one bit for bit.
     """
     for tensor in (*module.parameters(), *module.buffers()):
         tensor.data = tensor.data.clone()

@@ -81,8 +81,10 @@ class ModelMixin(nn.Module, ConfigMixin):
         expected = model.state_dict()
         state_dict = rename_old_attention_keys(state_dict, expected)
         check_state_dict(state_dict, expected, source)
+        # Copied, because a weight lies in the file at any address, and CPU kernels round
+        # differently where vectors are not aligned.
         model.load_state_dict(
-            {name: value.to(expected[name].dtype) for name, value in state_dict.items()},
+            {name: value.to(expected[name].dtype, copy=True) for name, value in state_dict.items()},
             assign=True,
         )
         if torch_dtype is not None:

@@ -7,6 +7,7 @@ where no safetensors file is there, and never runs code.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
@@ -17,6 +18,8 @@ import torch
 
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.storage import atomic_file, load_weights, read_json, save_weights, write_json
+
+logger = logging.getLogger(__name__)
 
 Locator = Callable[[str], Path | None]
 """Maps a file name inside the model folder to a local path, or None where there is no such file."""
@@ -104,7 +107,21 @@ def make_locator(source: str | Path, subfolder: str | None, **hub_options: Any) 
         return folder_locator(folder)
     if Path(source).exists() or not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{folder}: no such folder")
+    logger.info("%s: no such folder here; looking for it on the Hugging Face Hub", source)
     return hub_locator(str(source), subfolder, **hub_options)
+
+
+def why_no_model(folder: str | Path, wanted: str) -> str:
+    """What to tell a user who named a folder without the file `wanted`.
+
+    A run's folder holds its model in ``final``, which is easily left out.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return f"{folder}: {'a file, not a folder' if folder.exists() else 'no such folder'}"
+    inside = folder / "final"
+    hint = f"; its model is in {inside}" if (inside / wanted).is_file() else ""
+    return f"{folder}: there is no {wanted} in it{hint}"
 
 
 def with_variant(file_name: str, variant: str | None) -> str:

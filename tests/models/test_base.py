@@ -62,6 +62,13 @@ def test_subfolder_and_variant_choose_the_files(tmp_path):
     assert_same_state(half, loaded)
 
 
+def test_loaded_weights_lie_aligned_and_not_in_the_file(tmp_path):
+    Tiny(3).save_pretrained(tmp_path)
+    loaded = Tiny.from_pretrained(tmp_path)
+    tensors = (*loaded.parameters(), *loaded.buffers())
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in tensors)
+
+
 def test_floating_weights_take_the_dtype_asked_for(tmp_path):
     Tiny().half().save_pretrained(tmp_path)
     assert Tiny.from_pretrained(tmp_path).dtype == torch.float32
