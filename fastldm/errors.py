@@ -22,6 +22,10 @@ class DataError(FastLDMError, ValueError):
     """A data set, image, caption or label cannot be used."""
 
 
+class NothingHeldOutError(DataError):
+    """Held-out images are asked for, and the data set has none."""
+
+
 class BackendUnavailableError(FastLDMError, RuntimeError):
     """An operator backend was asked for by name and cannot serve the call."""
 

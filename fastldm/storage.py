@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,8 @@ from fastldm.errors import CheckpointError
 
 _TEMPORARY_PREFIX = ".tmp-"
 _RETIRED_PREFIX = ".old-"
+_REFUSED_CODE = re.compile(r"GLOBAL (\S+) (?:was|whose)")
+_TORCH_ADVICE = ("Weights only load failed", "Please file an issue", "Check the documentation")
 
 
 def _fsync(path: Path) -> None:
@@ -165,15 +168,27 @@ def load_weights(path: str | Path, device: str | torch.device = "cpu") -> dict[s
     return _load_pickle(path, device)
 
 
+def pickle_problem(error: Exception) -> str:
+    """What to tell a user whose pickle ``torch.load(weights_only=True)`` refuses.
+
+    torch's own message advises to allow code, which fastldm does not.
+    """
+    code = _REFUSED_CODE.search(str(error))
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reasons = [line for line in lines if not line.startswith(_TORCH_ADVICE)]
+    reason = reasons[0] if reasons else type(error).__name__
+    holds = code[1] if code else f"more than tensors, or is damaged ({reason})"
+    return (
+        f"refused: it holds {holds}, and fastldm never runs code from a weights file; "
+        "convert it to safetensors where you trust it"
+    )
+
+
 def _load_pickle(path: Path, device: str | torch.device) -> dict[str, torch.Tensor]:
     try:
         value = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch.load raises many types on a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path}: refused: it is damaged or holds more than tensors, and fastldm never runs "
-            f"code from a weights file ({reason}); convert it to safetensors where you trust it"
-        ) from None
+        raise CheckpointError(f"{path}: {pickle_problem(error)}") from None
     if isinstance(value, dict) and isinstance(value.get("state_dict"), dict):
         value = value["state_dict"]
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastldm.cli.common import default_device, is_latent_diffusion
+from fastldm.cli.common import default_device, is_latent_diffusion, write_errors
 from fastldm.cli.parsing import parse_config
 from fastldm.data.config import DataConfig
 from fastldm.errors import ConfigError
@@ -69,12 +69,15 @@ def run(arguments: Sequence[str]) -> None:
     config = parse_config(
         EvaluateConfig, arguments, "evaluate", "Measure a model on images; prints a JSON object."
     )
+    if config.fid_samples and Path(config.model).is_dir() and not is_latent_diffusion(config.model):
+        raise ConfigError(f"fid_samples: {config.model} holds only a first stage")
     figures = _measure_reconstructions(config)
     if config.fid_samples:
         figures["fid"] = _measure_samples(config)
-    if config.output is not None:
-        write_json(Path(config.output), figures)
     print(json.dumps(figures, indent=2))
+    if config.output is not None:
+        with write_errors(config.output):
+            write_json(Path(config.output), figures)
 
 
 def _batches(config: EvaluateConfig) -> Iterator[dict[str, Any]]:
@@ -103,7 +106,7 @@ def _measure_reconstructions(config: EvaluateConfig) -> dict[str, float]:
     from fastldm.training.registry import load_first_stage
 
     device = default_device(config.cpu)
-    model = load_first_stage(config.model).to(device)
+    model = load_first_stage(config.model, "model").to(device)
     check_resolution(config.data, model)
     is_vq = isinstance(model, VQModel)
     metrics = ReconstructionMetrics(
@@ -125,8 +128,6 @@ def _measure_samples(config: EvaluateConfig) -> float:
     from fastldm.latent_diffusion import LatentDiffusion
     from fastldm.metrics import FrechetInceptionDistance
 
-    if not is_latent_diffusion(config.model):
-        raise ConfigError(f"fid_samples: {config.model} holds only a first stage")
     device = default_device(config.cpu)
     distance = FrechetInceptionDistance(config.inception_weights, device=device)
     model = LatentDiffusion.from_pretrained(config.model).to(device)

@@ -54,7 +54,7 @@ def run(arguments: Sequence[str]) -> None:
     from fastldm.training.validation import fixed_items
 
     device = default_device(config.cpu)
-    model = load_first_stage(config.model).to(device)
+    model = load_first_stage(config.model, "model").to(device)
     check_resolution(config.data, model)
     if config.tiling:
         model.enable_tiling()

@@ -245,7 +245,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         return size
 
     def _skip(self, photo: int, error: UnreadableImageError) -> None:
-        report_unreadable(self._source, error, self.config)
+        so_far = f"{self.skipped_count + 1} of {len(self._rows)}"
+        report_unreadable(self._source, error, self.config, so_far)
         self._unreadable[photo] = True
 
 
@@ -276,12 +277,14 @@ def conditions(source: ImageTable, row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def report_unreadable(source: ImageTable, error: Exception, config: DataConfig) -> None:
-    """Warn of an unreadable image, or raise DataError when the config is strict."""
+def report_unreadable(
+    source: ImageTable, error: Exception, config: DataConfig, so_far: str
+) -> None:
+    """Warn of an unreadable image and how many there were, or raise DataError when strict."""
     message = f"{source.origin}: unreadable image {error}"
     if config.strict:
         raise DataError(f"{message}; remove it, or leave out strict to skip it") from error
-    logger.warning("%s; skipped", message)
+    logger.warning("%s; skipped, %s so far", message, so_far)
 
 
 def _reason(error: Exception) -> str:

@@ -13,7 +13,7 @@ from fastldm.data.images import ImageDataset
 from fastldm.data.sources import ImageTable, read_source
 from fastldm.data.sources.table import split_rows
 from fastldm.data.streaming import StreamingImageDataset
-from fastldm.errors import ConfigError, DataError
+from fastldm.errors import ConfigError, DataError, NothingHeldOutError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def load_images(
         logger.warning("%s", note)
     fraction = _holdout_fraction(config, source)
     if split == "test" and not source.own_split and not fraction:
-        raise DataError(
+        raise NothingHeldOutError(
             f"{source.origin}: no images are held out for split='test'; set holdout_fraction, for "
             "example 0.05"
         )

@@ -143,7 +143,8 @@ class StreamingImageDataset(IterableDataset[dict[str, Any]]):
             try:
                 items.append(self._item(index, row))
             except UnreadableImageError as error:
-                report_unreadable(self._source, error, self.config)
+                so_far = str(self.skipped_count + 1)
+                report_unreadable(self._source, error, self.config, so_far)
                 self._skipped[worker_id] += 1
                 items.append(None)
         readable = [item for item in items if item is not None]

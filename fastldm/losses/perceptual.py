@@ -134,7 +134,8 @@ def _cached_backbone(net: str) -> Path:
         _BACKBONE_URLS[net],
         purpose=f"LPIPS with net={net!r}",
         remedy=f"give torchvision's {name} weights as a local file "
-        f"(perceptual_weights: path/to/{name}.pth or .safetensors), or set perceptual_weight: 0",
+        f"(path/to/{name}.pth or .safetensors: loss.perceptual_weights in training, "
+        "lpips_weights in evaluate), or do without it (loss.perceptual_weight: 0)",
     )
 
 

@@ -155,8 +155,8 @@ def _build_inception(weights: str | Path | None, features: int) -> nn.Module:
         else cached_download(
             INCEPTION_URL,
             purpose="FID",
-            remedy="give that file as a local path (FrechetInceptionDistance(weights=…)), or leave "
-            "FID out",
+            remedy="give that file as a local path (inception_weights of evaluate, or "
+            "FrechetInceptionDistance(weights=…)), or leave FID out",
         )
     )
     state_dict = load_weights(path)

@@ -38,6 +38,11 @@ class BatchStream:
     def __next__(self) -> dict[str, Any]:
         return next(self._batches)
 
+    @property
+    def skipped_count(self) -> int:
+        """How many images of the loader's data set were found unreadable so far."""
+        return getattr(getattr(self.loader, "dataset", None), "skipped_count", 0)
+
     def restart(self, epoch: int, batch: int) -> None:
         """Go on from a stored position."""
         self.epoch = epoch

@@ -23,6 +23,7 @@ from fastldm.models.weights import check_state_dict
 from fastldm.storage import (
     atomic_directory,
     load_weights,
+    pickle_problem,
     read_json,
     recover_directory,
     save_weights,
@@ -154,10 +155,7 @@ class CheckpointReader:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f"{path}: refused: damaged, or more than tensors ({reason})"
-            ) from None
+            raise CheckpointError(f"{path}: {pickle_problem(error)}") from None
 
 
 def write_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any], parts: Any) -> Path:
@@ -187,7 +185,11 @@ def write_checkpoint(output_dir: str | Path, step: int, state: dict[str, Any], p
         kept = list_checkpoints(output_dir)
         raise TrainingError(
             f"step {step}: {path} could not be written ({write_error_reason(error)}); "
-            + (f"{kept[-1].name} is kept" if kept else "there is no earlier checkpoint")
+            + (
+                f"{kept[-1].name} is kept: make room and go on with resume: latest"
+                if kept
+                else "there is no earlier checkpoint"
+            )
         ) from error
     return path
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,10 @@ FORMAT = 1
 _INDEX = "index.json"
 _ITEMS = "items.jsonl"
 _FLIPPED = "_flipped"
-_WITHOUT_EFFECT = ("seed", "num_workers", "cache_megabytes", "shuffle_buffer", "horizontal_flip")
+_WITHOUT_EFFECT = (
+    "seed", "num_workers", "cache_megabytes", "shuffle_buffer", "horizontal_flip",
+    "vertical_flip", "strict", "require_captions", "require_classes",
+)  # fmt: skip
 """Fields of a data config that change no latent."""
 
 
@@ -52,12 +55,13 @@ def hash_first_stage(model: Any) -> str:
 
 def hash_data(config: DataConfig, names: list[str] | None, split: str) -> str:
     """SHA-256 of what decides which images are encoded: the config, the split and their names."""
-    fields = {
-        name: value
-        for name, value in dataclasses.asdict(config).items()
-        if name not in _WITHOUT_EFFECT
-    }
+    fields = _deciding_fields(dataclasses.asdict(config))
     return hashlib.sha256(json.dumps([fields, names, split], sort_keys=True).encode()).hexdigest()
+
+
+def _deciding_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those fields of a data config that change a latent, a caption or a class."""
+    return {name: value for name, value in config.items() if name not in _WITHOUT_EFFECT}
 
 
 def encode_dataset(
@@ -198,6 +202,7 @@ class LatentCache:
         folder: from `encode_dataset`.
         first_stage_hash: `hash_first_stage` of the autoencoder that is in use.
         data_hash: `hash_data` of the data that is in use; None does not compare.
+        data: the data that is in use, to say in what they differ.
 
     Attributes:
         captions, class_labels: of each item, or None where there are none.
@@ -211,18 +216,27 @@ class LatentCache:
     """
 
     def __init__(
-        self, folder: str | Path, first_stage_hash: str, data_hash: str | None = None
+        self,
+        folder: str | Path,
+        first_stage_hash: str,
+        data_hash: str | None = None,
+        data: DataConfig | None = None,
     ) -> None:
         self.folder = Path(folder)
+        if self.folder.is_dir() and not (self.folder / _INDEX).is_file():
+            raise CheckpointError(f"{self.folder}: no latent cache: there is no {_INDEX} in it")
         index = read_json(self.folder / _INDEX)
         if not isinstance(index, dict) or index.get("format") != FORMAT:
             raise CheckpointError(f"{self.folder / _INDEX}: not an index of format {FORMAT}")
         for what, current in (("first_stage", first_stage_hash), ("data", data_hash)):
             stored = index[what]["hash"]
             if current is not None and stored != current:
+                reason = ""
+                if what == "data" and data is not None:
+                    reason = f" ({_difference(index['data']['config'], data)})"
                 raise DataError(
                     f"{self.folder}: stale latent cache: its {what} has hash {stored[:16]}, the "
-                    f"one in use has {current[:16]}; delete the cache or encode again"
+                    f"one in use has {current[:16]}{reason}; delete the cache or encode again"
                 )
         self.class_names: list[str] | None = index["class_names"]
         self.latent_shape: list[int] = index["latent_shape"]
@@ -245,6 +259,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @property
+    def has_flips(self) -> bool:
+        """Whether it holds every image mirrored, too."""
+        return len(self._variants) > 1
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the order."""
@@ -277,6 +296,17 @@ class LatentCache:
     def _column(self, name: str) -> list[Any] | None:
         has_values = bool(self._items) and self._items[0][name] is not None
         return [item[name] for item in self._items] if has_values else None
+
+
+def _difference(stored: Mapping[str, Any], data: DataConfig) -> str:
+    """The fields of two data configs that differ; where none do, the images themselves did."""
+    now = json.loads(json.dumps(_deciding_fields(dataclasses.asdict(data))))
+    changed = [
+        f"{name} was {stored.get(name)!r}, is {value!r}"
+        for name, value in now.items()
+        if stored.get(name) != value
+    ]
+    return "; ".join(changed) or "the names of the images or the split differ"
 
 
 class LatentLoader:

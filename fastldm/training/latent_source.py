@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from fastldm.training.latent_cache import (
     hash_first_stage,
 )
 from fastldm.training.noise import Stream, generators, normal, uniform
+
+logger = logging.getLogger(__name__)
 
 
 class LatentSource:
@@ -164,4 +167,22 @@ def _open_cache(
         dataset = load_images(config.data, augment=False)
         names = dataset.names if isinstance(dataset, ImageDataset) else None
         data_hash = hash_data(config.data, names, "train")
-    return LatentCache(folder, hash_first_stage(first_stage), data_hash)
+    cache = LatentCache(folder, hash_first_stage(first_stage), data_hash, config.data)
+    if environment.is_main:
+        _warn_of_lost_augmentation(config, cache)
+    return cache
+
+
+def _warn_of_lost_augmentation(config: LatentDiffusionTrainingConfig, cache: LatentCache) -> None:
+    """A cache holds each image once or once each way: augmentation does not reach it."""
+    data = config.data
+    if not cache.has_flips and (config.cache_flips or (data is not None and data.horizontal_flip)):
+        logger.warning(
+            "%s holds no mirrored images, so none are trained on; make it with flips (fastldm "
+            "encode --flips true) to have them", cache.folder,
+        )  # fmt: skip
+    if data is not None and (data.crop == "random" or data.vertical_flip):
+        logger.warning(
+            "%s holds one crop of each image: data.crop='random' and data.vertical_flip have no "
+            "effect on it; with latent_cache: null they do", cache.folder,
+        )  # fmt: skip

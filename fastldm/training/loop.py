@@ -13,13 +13,14 @@ from typing import Any, Protocol
 import numpy as np
 from torch import Tensor
 
-from fastldm.errors import NonFiniteLossError, TrainingError
+from fastldm.errors import CheckpointError, NonFiniteLossError, TrainingError
 from fastldm.storage import atomic_directory
 from fastldm.training.batches import BatchStream
 from fastldm.training.budget import Budget
 from fastldm.training.checkpointing import (
     CheckpointReader,
     CheckpointWriter,
+    checkpoint_path,
     is_write_error,
     list_checkpoints,
     prune_checkpoints,
@@ -110,10 +111,11 @@ class _Run:
         metrics = None
         if self.environment.is_main:
             with _write_errors("the logs"):
+                # First what fails cleanly: TensorBoard's thread shows a traceback of a full disk.
+                save_config(self.config, self.output_dir / "config.yaml")
                 metrics = MetricsLogger(
                     self.output_dir, self.budget.step, tensorboard=self.config.tensorboard
                 )
-                save_config(self.config, self.output_dir / "config.yaml")
         bar = ProgressBar(
             self.trainer.description,
             enabled=self.config.progress_bar and self.environment.is_main,
@@ -123,11 +125,7 @@ class _Run:
                 self._steps(metrics, bar, interruption)
             return self._finish(metrics)
         except NonFiniteLossError as error:
-            kept = list_checkpoints(self.output_dir)
-            good = (
-                f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint was written"
-            )
-            raise NonFiniteLossError(f"{error}; {good}") from None
+            raise NonFiniteLossError(f"{error}; {self._last_good_checkpoint()}") from None
         finally:
             bar.close()
             if metrics is not None:
@@ -146,6 +144,8 @@ class _Run:
             if progress >= 1.0:
                 return
             self.means.add(self.trainer.train_step(budget.step, progress))
+            if self.saved_step == budget.step:
+                self._prune()
             budget.step += 1
             step = budget.step
             if step % config.log_every == 0:
@@ -163,9 +163,13 @@ class _Run:
     def _finish(self, metrics: MetricsLogger | None) -> Path:
         if self.saved_step != self.budget.step:
             self._checkpoint()
+        self._prune()
         self._log(metrics)
         self._validate(metrics)
         self._draw(metrics)
+        skipped = self.trainer.batches.skipped_count
+        if skipped and self.environment.is_main:
+            logger.warning("%d unreadable images were skipped", skipped)
         final = self.output_dir / FINAL
         if self.environment.is_main:
             with _write_errors(str(final)), atomic_directory(final) as folder:
@@ -236,12 +240,37 @@ class _Run:
                 "config": to_plain(self.config),
             }
             write_checkpoint(self.output_dir, self.budget.step, state, parts)
-            prune_checkpoints(self.output_dir, self.config.keep_checkpoints)
         self.environment.accelerator.wait_for_everyone()
         self.saved_step = self.budget.step
 
+    def _prune(self) -> None:
+        """Delete old checkpoints, once the weights of the newest have given a finite loss."""
+        if self.environment.is_main:
+            prune_checkpoints(self.output_dir, self.config.keep_checkpoints)
+
+    def _last_good_checkpoint(self) -> str:
+        """What to go on from after a loss that is not finite."""
+        kept = list_checkpoints(self.output_dir)
+        now = checkpoint_path(self.output_dir, self.budget.step)
+        good = [path for path in kept if path != now]
+        if not kept:
+            return "no checkpoint was written"
+        text = f"the last good checkpoint is {good[-1]}" if good else "there is no good checkpoint"
+        return f"{text} ({now.name} holds the weights that gave this)" if now in kept else text
+
+    def _read(self, checkpoint: Path) -> CheckpointReader:
+        try:
+            return CheckpointReader(checkpoint)
+        except CheckpointError as error:
+            others = [path for path in list_checkpoints(self.output_dir) if path != checkpoint]
+            if not others:
+                raise
+            raise CheckpointError(
+                f"{error}; go on from another with resume: {others[-1]}"
+            ) from None
+
     def _resume(self, checkpoint: Path) -> None:
-        reader = CheckpointReader(checkpoint)
+        reader = self._read(checkpoint)
         self.trainer.load(reader)
         state = reader.state
         self.trainer.batches.restart(state["epoch"], state["batch"])

@@ -7,9 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from fastldm.errors import ConfigError
+from fastldm.errors import CheckpointError, ConfigError
+from fastldm.models.weights import why_no_model
 from fastldm.storage import read_json
 from fastldm.training.config import ModelConfig
+from fastldm.training.field_types import check_types
 
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
 DISCRIMINATORS = ("PatchDiscriminator",)
@@ -49,6 +51,7 @@ def build(model: ModelConfig, accepted: Collection[str], field: str) -> Any:
         CheckpointError: ``pretrained`` cannot be loaded.
     """
     kind: Any = resolve_class(model.class_name, accepted, field)
+    check_types(kind, model.config, f"{field}.config")
     try:
         if model.pretrained is not None:
             return kind.from_pretrained(model.pretrained, **model.config)
@@ -59,12 +62,13 @@ def build(model: ModelConfig, accepted: Collection[str], field: str) -> Any:
         raise ConfigError(f"{field}.config: a value has the wrong type ({error})") from None
 
 
-def load_first_stage(folder: str | Path) -> Any:
+def load_first_stage(folder: str | Path, field: str = "first_stage") -> Any:
     """The autoencoder of a folder, of the class that its config names.
 
     Args:
         folder: of the autoencoder alone, or of a latent diffusion model that has it in ``vae`` or
             ``vqvae``.
+        field: the option that named it, for errors.
 
     Raises:
         CheckpointError: the folder or its weights are missing or damaged.
@@ -73,9 +77,11 @@ def load_first_stage(folder: str | Path) -> Any:
     inside = [name for name in ("vae", "vqvae") if Path(folder, name, "config.json").is_file()]
     subfolder = inside[0] if inside and Path(folder, "model_index.json").is_file() else None
     path = Path(folder, subfolder or "", "config.json")
+    if not path.is_file():
+        raise CheckpointError(f"{field}: {why_no_model(folder, 'config.json')}")
     config = read_json(path)
     name = config.get("_class_name") if isinstance(config, dict) else None
     if name not in FIRST_STAGES:
         raise ConfigError(f"{path}: expected _class_name {' or '.join(FIRST_STAGES)}, got {name!r}")
-    kind: Any = resolve_class(name, FIRST_STAGES, "first_stage")
+    kind: Any = resolve_class(name, FIRST_STAGES, field)
     return kind.from_pretrained(folder, subfolder=subfolder)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastldm.data import DataConfig, ImageDataset, collate, load_images
-from fastldm.errors import DataError
+from fastldm.errors import NothingHeldOutError
 from fastldm.metrics import psnr
 from fastldm.training.environment import Environment
 
@@ -30,7 +30,7 @@ def fixed_items(config: DataConfig, count: int, split: str | None = None) -> dic
     if split is None:
         try:
             dataset = load_images(quiet, split="test", augment=False)
-        except DataError:
+        except NothingHeldOutError:
             logger.warning(
                 "data.holdout_fraction: nothing is held out; measuring on training images"
             )

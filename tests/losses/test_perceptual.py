@@ -182,7 +182,7 @@ def test_without_a_backbone_the_error_says_what_to_do(
     message = str(caught.value)
     assert "vgg16-397923af.pth" in message
     assert "no network" in message
-    assert "perceptual_weights: path/to/vgg16.pth" in message
+    assert "path/to/vgg16.pth or .safetensors: loss.perceptual_weights" in message
     assert "perceptual_weight: 0" in message
     FirstStageLoss(FirstStageLossConfig(perceptual_weight=0.0))
 

@@ -253,10 +253,36 @@ def test_nan_stops_names_the_step_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(FirstStageLoss, "generator_loss", poisoned)
     config = autoencoder_config(max_steps=10, checkpoint_every=1)
-    with pytest.raises(NonFiniteLossError, match=r"step 3.*nan.*checkpoint-3"):
+    with pytest.raises(NonFiniteLossError, match=r"step 3.*nan.*last good .*checkpoint-2 \("):
         train_autoencoder(config)
     assert all(value.isfinite().all() for value in weights(config, 3, "model").values())
     assert not Path(config.output_dir, "final").exists()
+
+
+def test_the_weights_before_a_nan_never_replace_the_last_good_checkpoint(
+    autoencoder_config: Make,
+) -> None:
+    # Weights this large are finite, and give NaN in the next step.
+    config = autoencoder_config(
+        max_steps=9, checkpoint_every=1, keep_checkpoints=1, learning_rate=1e30, loss=ADVERSARIAL
+    )
+    train_autoencoder(replace(config, max_steps=2, learning_rate=1e-3))
+    with pytest.raises(NonFiniteLossError, match=r"step 3.*checkpoint-2 \(checkpoint-3 holds the"):
+        train_autoencoder(replace(config, resume="latest"))
+    names = [path.name for path in list_checkpoints(config.output_dir)]
+    assert names == ["checkpoint-2", "checkpoint-3"]
+    good = replace(config, resume=f"{config.output_dir}/checkpoint-2", learning_rate=1e-3)
+    train_autoencoder(good)
+    assert [path.name for path in list_checkpoints(config.output_dir)] == ["checkpoint-9"]
+
+
+def test_a_damaged_checkpoint_names_the_one_before(autoencoder_config: Make) -> None:
+    config = autoencoder_config(max_steps=2, checkpoint_every=1)
+    train_autoencoder(config)
+    path = Path(config.output_dir, "checkpoint-2", "model.safetensors")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(CheckpointError, match=r"damaged: .*resume: .*checkpoint-1$"):
+        train_autoencoder(replace(config, resume="latest"))
 
 
 def test_a_huge_learning_rate_is_stopped_before_the_weights_are_poisoned(

@@ -117,6 +117,16 @@ def test_a_changed_model_or_data_is_noticed(
     ):
         with pytest.raises(DataError, match="stale latent cache: its data has hash"):
             LatentCache(folder, first, other)
+    other_data = data(resolution=32, upscale=True)
+    other = hash_data(other_data, names, "train")
+    with pytest.raises(
+        DataError, match=r"\(resolution was 16, is 32; upscale was False, is True\)"
+    ):
+        LatentCache(folder, first, other, other_data)
+    with pytest.raises(DataError, match=r"\(the names of the images or the split differ\)"):
+        LatentCache(folder, first, hash_data(config, names[1:], "train"), config)
+    for same in (data(strict=True, vertical_flip=True), data(require_classes=True)):
+        LatentCache(folder, first, hash_data(same, names, "train"), same)
 
 
 def test_damage_is_noticed(model: AutoencoderKL, data: Data, tmp_path: Path) -> None:
@@ -130,6 +140,8 @@ def test_damage_is_noticed(model: AutoencoderKL, data: Data, tmp_path: Path) -> 
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="latents-00000"):
         LatentCache(folder, hash_first_stage(model))
+    with pytest.raises(CheckpointError, match=r"no latent cache: there is no index\.json in it"):
+        LatentCache(tmp_path, hash_first_stage(model))
     index = json.loads((folder / "index.json").read_text())
     (folder / "index.json").write_text(json.dumps({**index, "format": 0}))
     with pytest.raises(CheckpointError, match="not an index of format 1"):

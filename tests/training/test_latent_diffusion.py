@@ -176,6 +176,23 @@ def test_a_stale_cache_is_refused(
         train_latent_diffusion(replace(config, data=data(holdout_fraction=0.5), overwrite=True))
 
 
+def test_augmentation_that_a_cache_does_not_hold_is_named(
+    diffusion_config: Make, tmp_path: Path, data: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = diffusion_config(latent_cache=str(tmp_path / "plain"), max_steps=1)
+    train_latent_diffusion(plain)
+    assert "no mirrored images" not in caplog.text
+    assert "one crop" not in caplog.text
+    augmented = data(horizontal_flip=True, vertical_flip=True)
+    train_latent_diffusion(replace(plain, data=augmented, overwrite=True))
+    assert "no mirrored images" in caplog.text
+    assert "one crop of each image" in caplog.text
+    caplog.clear()
+    flips = replace(plain, latent_cache=str(tmp_path / "flips"), cache_flips=True, overwrite=True)
+    train_latent_diffusion(replace(flips, data=data(horizontal_flip=True)))
+    assert "no mirrored images" not in caplog.text
+
+
 def test_classes_can_go_through_the_unet(diffusion_config: Make, tmp_path: Path) -> None:
     plain = diffusion_config().unet
     config = diffusion_config(

@@ -61,8 +61,13 @@ def test_the_second_signal_stops_at_once(
 
     monkeypatch.setattr(AutoencoderTrainer, "train_step", at_step(1, twice))
     config = autoencoder_config(max_steps=1000)
-    with pytest.raises(KeyboardInterrupt) as caught:
-        train_autoencoder(config)
+    # A shell starts its background jobs with SIGINT ignored.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught:
+            train_autoencoder(config)
+    finally:
+        signal.signal(signal.SIGINT, outside)
     assert not isinstance(caught.value, Interrupted)
 
 

@@ -41,8 +41,12 @@ def test_other_classes_are_refused(name: str) -> None:
             {"latent_chanels": 4},
             r"model.config: .* no config field 'latent_chanels'",
         ),
-        ({"latent_channels": "four"}, r"model.config: "),
-        ({"block_out_channels": 32}, r"model.config: "),
+        ({"latent_channels": "four"}, r"model.config.latent_channels: expected int, got 'four'"),
+        ({"latent_channels": True}, r"model.config.latent_channels: expected int, got True"),
+        ({"block_out_channels": 32}, r"block_out_channels: expected list\[int\], got 32"),
+        ({"block_out_channels": [32, "a"]}, r"block_out_channels: expected list\[int\], got \[32,"),
+        ({"scaling_factor": "1e-3"}, r"scaling_factor: expected float, got '1e-3'"),
+        ({"latents_mean": 3}, r"latents_mean: expected list\[float\] | None, got 3"),
     ],
 )
 def test_wrong_fields_are_named(config: dict[str, object], message: str) -> None:
@@ -65,7 +69,13 @@ def test_the_first_stage_of_a_latent_diffusion_model(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_first_stage_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no such file"):
+    with pytest.raises(CheckpointError, match=r"model: .*gone: no such folder"):
+        load_first_stage(tmp_path / "gone", "model")
+    with pytest.raises(CheckpointError, match=r"first_stage: .*no config.json in it$"):
+        load_first_stage(tmp_path)
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"its model is in .*final$"):
         load_first_stage(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
     with pytest.raises(ConfigError, match="AutoencoderKL or VQModel, got 'UNet2DModel'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from fastldm.data.sources.table import ImageTable
 from fastldm.errors import DataError
 
 __all__ = ["ImageTable", "read_source"]
+
+logger = logging.getLogger(__name__)
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
@@ -43,6 +46,7 @@ def read_source(config: DataConfig, split: str) -> ImageTable:
             f"{source}: a file; the source must be a folder of images, a .parquet or a .tar"
         )
     if _HUB_NAME.fullmatch(source):
+        logger.info("%s: no such folder here; looking for it on the Hugging Face hub", source)
         try:
             return huggingface.read_hub(source, config, split)
         except DataError as error:
