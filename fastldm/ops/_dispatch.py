@@ -117,6 +117,10 @@ def why_not(op_name: str, name: str, *args: Any, **kwargs: Any) -> str | None:
     return predicate(*args, **kwargs)
 
 
+def _group_norm_silu_triton(x: Tensor, *_: Any, **__: Any) -> str | None:
+    return _why_not_triton("x", x)
+
+
 def _why_not_triton(name: str, x: Tensor) -> str | None:
     """What every Triton kernel asks of its first argument."""
     if x.dtype not in _TRITON_DTYPES:
@@ -191,6 +195,7 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 _PREDICATES: dict[tuple[str, str], Callable[..., str | None]] = {
+    ("group_norm_silu", "triton"): _group_norm_silu_triton,
     ("vector_quantize", "cpp"): _vector_quantize_cpp,
     ("codebook_statistics", "cpp"): _codebook_statistics_cpp,
 }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -37,9 +40,58 @@ def assert_accurate(record_property: Callable[[str, object], None]) -> Iterator[
 
 
 @pytest.fixture(scope="session")
-def triton_device() -> str:
+def triton_device() -> Iterator[str]:
     """Where Triton kernels run: a GPU, or the CPU in Triton's interpreter."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        yield "cuda"
+    else:
+        with _fast_interpreter():
+            yield "cpu"
+
+
+@contextmanager
+def _fast_interpreter() -> Iterator[None]:
+    """Without patching triton.language anew in every call of a device function, 20 ms each."""
+    from triton.runtime import interpreter
+
+    slow = interpreter.InterpretedFunction.__call__
+    patched: set[int] = set()
+
+    def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if id(self.fn.__globals__) not in patched:
+            patched.add(id(self.fn.__globals__))
+            return slow(self, *args, **kwargs)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = fast
+    yield
+    interpreter.InterpretedFunction.__call__ = slow
+
+
+@pytest.fixture
+def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What ``Tensor.new_empty`` gives lies between guards, holds NaN, and no guard is touched."""
+    margin, sentinel = 256, 0x5A
+    buffers: list[tuple[Tensor, int]] = []
+
+    def new_empty(self: Tensor, size: Any, *, dtype: Any = None, device: Any = None) -> Tensor:
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        dtype, device = dtype or self.dtype, device or self.device
+        used = math.prod(shape) * dtype.itemsize
+        buffer = torch.full(
+            (used + 2 * margin,), sentinel, dtype=torch.uint8, device=device
+        )  # fmt: skip
+        buffers.append((buffer, used))
+        inside = buffer[margin : margin + used].view(dtype).view(shape)
+        return inside.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    yield
+    assert buffers, "nothing was allocated by Tensor.new_empty"
+    for buffer, used in buffers:
+        guards = torch.cat([buffer[:margin], buffer[margin + used :]])
+        assert (guards == sentinel).all(), "written outside of a buffer"
 
 
 @pytest.fixture

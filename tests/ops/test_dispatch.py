@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from fastldm import ops
 from fastldm.errors import BackendUnavailableError, ConfigError
-from fastldm.ops import _dispatch, _extension
+from fastldm.ops import _dispatch, _extension, _triton
 
 needs_extension = pytest.mark.skipif(
     _extension.problem() is not None, reason=str(_extension.problem())
@@ -80,10 +81,34 @@ def test_a_backend_asked_for_by_name_raises_its_reason(
         ops.vector_quantize(*lookup)
     x = torch.zeros(1, 4, 2, 2)
     with ops.backend("triton"):
-        with pytest.raises(BackendUnavailableError, match="no triton kernel for group_norm_silu"):
-            ops.group_norm_silu(x, 2)
+        with pytest.raises(BackendUnavailableError, match=r"no kernel for x of torch\.float64"):
+            ops.group_norm_silu(x.double(), 2)
         with pytest.raises(BackendUnavailableError, match="no triton kernel for cross_attention"):
             ops.cross_attention(x, x, x)
+
+
+def test_triton_serves_the_cpu_in_its_interpreter_alone_and_by_name_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.zeros(1, 4, 2, 2)
+    reason = "it serves CUDA tensors, x is on cpu"
+    monkeypatch.setattr(_triton, "interprets", lambda: True)
+    assert _dispatch.why_not("group_norm_silu", "triton", x, 2) == reason
+    with ops.backend("triton"):
+        assert _dispatch.why_not("group_norm_silu", "triton", x, 2) is None
+        monkeypatch.setattr(_triton, "interprets", lambda: False)
+        with pytest.raises(BackendUnavailableError, match=reason):
+            ops.group_norm_silu(x, 2)
+
+
+def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "interprets", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert str(_triton.problem()).startswith("triton is not installed")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert _triton.problem() is None
+    monkeypatch.setattr(_triton, "interprets", lambda: True)
+    assert "TRITON_INTERPRET is set" in str(_triton.problem())
 
 
 def test_reasons_name_device_and_dtype() -> None:

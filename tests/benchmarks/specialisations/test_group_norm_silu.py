@@ -1,0 +1,70 @@
+"""The bytes that the page on kernels gives are those that the interpreter counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fastldm.ops import _triton
+
+if not _triton.interprets():
+    pytest.skip("the bytes are counted in Triton's interpreter", allow_module_level=True)
+
+from triton.runtime import interpreter
+
+from benchmarks.specialisations import group_norm_silu as specialisations
+from fastldm.ops.group_norm_silu import plan
+
+
+@pytest.fixture
+def traffic(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of each global load and store."""
+    counted: list[int] = []
+    builder = interpreter.interpreter_builder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def count(pointers: Any, mask: Any) -> None:
+        width = pointers.get_element_ty().primitive_bitwidth // 8
+        counted.append(int(mask.data.sum()) * width)
+
+    def counting_load(pointers: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask)
+        return load(pointers, mask, *rest)
+
+    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        count(pointers, mask)
+        return store(pointers, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(builder, "create_masked_store", counting_store)
+    return counted
+
+
+@pytest.mark.parametrize("names", [(), specialisations.AFFINE, specialisations.EVERY_OPTION])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("elements", [4096, 64])
+def test_bytes(
+    names: tuple[str, ...],
+    channels_last: bool,
+    elements: int,
+    traffic: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = {
+        "elements": elements, "block_c": 16, "elements_per_thread": 16, "work": 128, "programs": 1,
+        "num_warps": 1,
+    }  # fmt: skip
+    kernels = ("fwd", "bwd", "moments", "apply", "bwd_sums", "bwd_apply")
+    monkeypatch.setattr(plan, "_configs", lambda device: dict.fromkeys(kernels, config))
+    given = specialisations.operands((2, 24, 5, 7), torch.float16, channels_last, names, "cpu")
+    for value in given.values():
+        value.normal_()
+    specialisations.forward(given, 4)
+    assert sum(traffic) == specialisations.forward_bytes(given, 4)[1]
+    traffic.clear()
+    specialisations.backward(given, 4)
+    assert sum(traffic) == specialisations.backward_bytes(given, 4)[1]
