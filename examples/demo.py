@@ -66,7 +66,8 @@ def show_reconstructions(model: LatentDiffusion, held_out: ImageDataset, path: P
     with torch.no_grad():
         decoded = [model.decode(model.encode(batch)) for batch in images.split(BATCH)]
     reconstructions = torch.cat(decoded).clamp(-1, 1)
-    pairs = torch.stack([images[:24], reconstructions[:24]], dim=1).flatten(0, 1)
+    shown = torch.linspace(0, len(images) - 1, 24).long()
+    pairs = torch.stack([images[shown], reconstructions[shown]], dim=1).flatten(0, 1)
     save_image_grid(pairs.cpu(), path, columns=12)
     return float(psnr(reconstructions, images, data_range=2.0).mean())
 
