@@ -44,6 +44,9 @@ def section(operator: str) -> tuple[str, list[str]]:
     """The part of the page on one operator, and what is wrong with its kernels."""
     lines, problems = [f"## {operator}", ""], []
     module = importlib.import_module(f"benchmarks.specialisations.{operator}")
+    if hasattr(module, "section"):
+        text, problems = module.section()
+        return text, problems
     for case in module.cases():
         compiled = [launches(case.call, architecture) for architecture in ARCHITECTURES]
         for architecture, found in zip(ARCHITECTURES, compiled, strict=True):
@@ -105,14 +108,32 @@ def _widths(accesses: dict[str, tuple[int, ...]]) -> str:
     return ", ".join(named)
 
 
-def stale(operator: str, fresh: str) -> bool:
-    """Whether the page says something else; figures are comparable for one version of Triton."""
+def unavailable(operator: str) -> str | None:
+    """Why an operator's kernels cannot be compiled here."""
+    module = importlib.import_module(f"benchmarks.specialisations.{operator}")
+    reason: str | None = module.unavailable() if hasattr(module, "unavailable") else None
+    return reason
+
+
+def page() -> tuple[str, dict[str, str]]:
+    """The page's header, and its sections by operator."""
     text = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     header, *sections = text.split("\n## ")
-    old = next((f"## {part}" for part in sections if part.splitlines()[0] == operator), "")
-    if header.strip() == _HEADER.strip():
+    return header, {part.splitlines()[0]: f"## {part}" for part in sections}
+
+
+def stale(operator: str, fresh: str) -> bool:
+    """Whether the page says something else; figures are comparable for one compiler."""
+    header, sections = page()
+    old = sections.get(operator, "")
+    same_compiler = header.strip() == _HEADER.strip() and _compiler(old) == _compiler(fresh)
+    if same_compiler or not old:
         return old.strip() != fresh.strip()
     return _calls(old) != _calls(fresh)
+
+
+def _compiler(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("Compiled by")]
 
 
 def _calls(text: str) -> list[str]:
@@ -130,17 +151,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("unset TRITON_INTERPRET: in the interpreter there is nothing to compile")
     if unknown := set(chosen) - set(OPERATORS):
         parser.error(f"no specialisations of {', '.join(sorted(unknown))}")
-    if not options.check and options.operators:
-        parser.error("the page is written for all operators; name some with --check only")
-    sections, problems = [], []
+    sections, problems = page()[1], []
     for operator in chosen:
+        if reason := unavailable(operator):
+            print(f"{operator}: not compiled: {reason}", file=sys.stderr)
+            continue
         text, found = section(operator)
-        sections.append(text)
+        sections[operator] = text
         problems += found
         if options.check and stale(operator, text):
             problems.append(f"docs/kernels.md is stale on {operator}: run {parser.prog}")
     if not options.check:
-        PAGE.write_text("\n".join([_HEADER, *sections]), encoding="utf-8")
+        texts = [
+            sections[operator].rstrip() + "\n" for operator in OPERATORS if operator in sections
+        ]
+        PAGE.write_text("\n".join([_HEADER, *texts]), encoding="utf-8")
     for problem in problems:
         print(problem, file=sys.stderr)
     return 1 if problems else 0

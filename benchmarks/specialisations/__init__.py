@@ -1,4 +1,9 @@
-"""What the compile gate compiles: one file an operator, each with a function ``cases()``."""
+"""What the compile gate compiles: one file an operator, each with a function ``cases()``.
+
+One whose kernels are no Triton kernels has instead ``section()``, which gives its part of the page
+and what is wrong with the kernels, and ``unavailable()``, the reason why they cannot be compiled
+here, or None.
+"""
 
 from __future__ import annotations
 

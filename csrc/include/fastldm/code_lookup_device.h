@@ -158,11 +158,6 @@ struct Nearest {
   }
 };
 
-// Bounds |v| from the rounded sum of squares of v.
-FASTLDM_DEVICE float norm_bound(float sum_of_squares, int64_t depth) {
-  return sqrtf(sum_of_squares) * (1.0f + static_cast<float>(depth + 16) * kUnitRoundoff);
-}
-
 // Whether the nearest code must be in the chunk of the largest score.
 FASTLDM_DEVICE bool is_decided(const TopTwo& scores, float latent_norm, float code_norm,
                                int64_t depth) {
@@ -343,6 +338,8 @@ struct WideScreen {
       FASTLDM_UNROLL
       for (int i = 0; i < kRun; ++i) latents_run[i] -= centre[along_channels ? d + i : d];
     } else {
+      // Unrolled, so that no run-time index keeps the run out of registers.
+      FASTLDM_UNROLL
       for (int i = 0; i < kRun; ++i) {
         const int64_t d_i = along_channels ? d + i : d, n_i = along_channels ? n : n + i;
         latents_run[i] =

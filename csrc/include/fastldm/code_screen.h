@@ -54,9 +54,9 @@ FASTLDM_HOST_DEVICE inline float screen_centre(const float* codebook, int64_t nu
   return sum;
 }
 
-// No less than the root of a sum of squares that was taken in double, rounded to float.
-inline float norm_bound(double sum_of_squares) {
-  return static_cast<float>(std::sqrt(sum_of_squares) * (1 + 1e-6));
+// No less than |v|, from a rounded sum of `depth` squares of its elements.
+FASTLDM_HOST_DEVICE inline float norm_bound(float sum_of_squares, int64_t depth) {
+  return sqrtf(sum_of_squares) * (1.0f + static_cast<float>(depth + 16) * kUnitRoundoff);
 }
 
 // Whether the margin bounds anything: not where it comes of NaN, infinity or overflow.
@@ -114,7 +114,7 @@ class CodeScreen {
     double largest = 0;
     for (const double square : squares)
       if (!(square <= largest)) largest = square;
-    view_.code_norm = norm_bound(largest);
+    view_.code_norm = norm_bound(static_cast<float>(largest), depth);
     view_.centre = centre_.data();
     view_.centred = centred_.data();
     view_.minus_half_square = minus_half_square_.data();

@@ -17,16 +17,17 @@ struct Scores {
   Floats low, high;
 };
 
-// Scores of one panel for `R` centred latents.
+// Scores of one panel for `R` centred latents; latents: [depth, kRows].
 template <int R>
 FASTLDM_INLINE void score_panel(const float* latents, const float* centred,
                                 const float* minus_half_square, int64_t depth, Scores* scores) {
   for (int r = 0; r < R; ++r)
     scores[r] = {load(minus_half_square), load(minus_half_square + kFloats)};
+#pragma GCC unroll 4
   for (int64_t d = 0; d < depth; ++d) {
     const Floats low = load(centred + d * kPanel), high = load(centred + d * kPanel + kFloats);
     for (int r = 0; r < R; ++r) {
-      const Floats z = broadcast(latents[r * depth + d]);
+      const Floats z = broadcast(latents[d * kRows + r]);
       scores[r].low = multiply_add(z, low, scores[r].low);
       scores[r].high = multiply_add(z, high, scores[r].high);
     }
@@ -88,6 +89,23 @@ inline int32_t nearest_candidate(const CodeScreenView& screen, const float* late
   return static_cast<int32_t>(best_index);
 }
 
+// Centres latents [depth, kTile] into groups of kRows, [kTile / kRows, depth, kRows], with the sum
+// of squares of each.
+inline void centre_latents(const CodeScreenView& screen, const float* latents, float* centred,
+                           float* squares) {
+  for (int n = 0; n < kTile; ++n) squares[n] = 0;
+  for (int64_t d = 0; d < screen.depth; ++d) {
+    float row[kTile];
+    for (int n = 0; n < kTile; ++n) {
+      row[n] = latents[d * kTile + n] - screen.centre[d];
+      squares[n] += row[n] * row[n];
+    }
+    for (int group = 0; group < kTile / kRows; ++group)
+      __builtin_memcpy(centred + (group * screen.depth + d) * kRows, row + group * kRows,
+                       kRows * sizeof(float));
+  }
+}
+
 // latents: [depth, kTile], of which the first `count`. scratch: [kTile * (depth + blocks)]. index:
 // [count], -1 where the latent is to be searched exhaustively.
 inline void search_code_screen(const CodeScreenView& screen, const float* latents, int64_t count,
@@ -95,22 +113,14 @@ inline void search_code_screen(const CodeScreenView& screen, const float* latent
   const int64_t depth = screen.depth, blocks = screen.blocks();
   float* centred = scratch;
   float* block_scores = scratch + kTile * depth;
-  const int64_t rows = (count + kRows - 1) / kRows * kRows;
-  // In blocks that keep to a few cache lines on either side.
-  constexpr int64_t kBlock = 16;
-  for (int64_t d_block = 0; d_block < depth; d_block += kBlock) {
-    const int64_t d_end = d_block + kBlock < depth ? d_block + kBlock : depth;
-    for (int64_t n = 0; n < rows; ++n)
-      for (int64_t d = d_block; d < d_end; ++d)
-        centred[n * depth + d] = n < count ? latents[d * kTile + n] - screen.centre[d] : 0.0f;
-  }
-
+  float squares[kTile];
+  centre_latents(screen, latents, centred, squares);
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * screen.panels_of_block;
     const int64_t last = first + screen.panels_of_block < screen.panels
                              ? first + screen.panels_of_block
                              : screen.panels;
-    for (int64_t n = 0; n < rows; n += kRows) {
+    for (int64_t n = 0; n < count; n += kRows) {
       Floats most[kRows];
       for (int r = 0; r < kRows; ++r) most[r] = broadcast(-__builtin_inff());
       for (int64_t panel = first; panel < last; ++panel) {
@@ -125,19 +135,18 @@ inline void search_code_screen(const CodeScreenView& screen, const float* latent
   }
 
   for (int64_t n = 0; n < count; ++n) {
-    double squares[4] = {};
-    for (int64_t d = 0; d < depth; ++d)
-      squares[d % 4] += static_cast<double>(centred[n * depth + d]) * centred[n * depth + d];
-    const float norm = norm_bound(squares[0] + squares[1] + squares[2] + squares[3]);
+    const float norm = norm_bound(squares[n], depth);
     const float* scores = block_scores + n * blocks;
     float top = -__builtin_inff();
     for (int64_t block = 0; block < blocks; ++block)
       top = scores[block] > top ? scores[block] : top;
     const float margin = screen_margin(depth, norm, screen.code_norm, top);
     const float threshold = top - margin;
-    index[n] = is_bounded(norm, screen.code_norm, margin)
-                   ? nearest_candidate(screen, latents + n, centred + n * depth, scores, threshold)
-                   : -1;
+    index[n] =
+        is_bounded(norm, screen.code_norm, margin)
+            ? nearest_candidate(screen, latents + n,
+                                centred + n / kRows * kRows * depth + n % kRows, scores, threshold)
+            : -1;
   }
 }
 

@@ -49,7 +49,7 @@ class NarrowScreen {
       centred_[k * (depth + 1) + depth] = static_cast<float>(-0.5 * square);
       if (k < num_codes && !(square <= largest)) largest = square;
     }
-    view_.code_norm = norm_bound(largest);
+    view_.code_norm = norm_bound(static_cast<float>(largest), depth);
     view_.centre = centre_.data();
     view_.centred = centred_.data();
     view_.codes = codes_.data();

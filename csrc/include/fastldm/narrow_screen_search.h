@@ -101,7 +101,7 @@ struct NarrowScreenSearch {
     }
     int32_t decided[kNarrowWidth];
     for (int i = 0; i < kNarrowWidth; ++i) {
-      const float norm = __builtin_sqrtf(squares[i]) * (1 + 2e-6f);
+      const float norm = norm_bound(squares[i], D);
       const float margin = screen_margin(D, norm, screen.code_norm, tops[i]);
       decided[i] = is_bounded(norm, screen.code_norm, margin) & (seconds[i] < tops[i] - margin);
     }
