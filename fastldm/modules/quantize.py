@@ -122,10 +122,12 @@ class VectorQuantizer(nn.Module):
                 # The update below writes to the weight that the backward pass may still need.
                 codebook = codebook.clone()
             found = ops.vector_quantize(latents, codebook)
-            counts = _count(found.indices, self.num_embeddings)
             if updating:
+                counts, sums = ops.codebook_statistics(latents, found.indices, self.num_embeddings)
                 _sum_over_processes(counts)
-                self._update(_rows(latents), found.indices.flatten(), counts)
+                self._update(_rows(latents), counts, sums)
+            else:
+                counts = _count(found.indices, self.num_embeddings)
             perplexity, usage = _statistics(counts, latents.dtype)
             return VectorQuantizerOutput(
                 found.z_q.to(z.dtype),
@@ -146,21 +148,19 @@ class VectorQuantizer(nn.Module):
         return codes.view(shape).permute(0, 3, 1, 2).contiguous()
 
     @torch.no_grad()
-    def _update(self, rows: Tensor, indices: Tensor, counts: Tensor) -> None:
+    def _update(self, rows: Tensor, counts: Tensor, sums: Tensor) -> None:
         """Move the averages towards this batch, then replace dead codes.
 
         Args:
             rows: this process's latents, [N, D].
-            indices: their codes, [N].
             counts: uses of each code over all processes, [K].
+            sums: of this process's latents of each code, [K, D].
         """
         decay = _USAGE_DECAY if self.ema_decay is None else self.ema_decay
         self.ema_counts.lerp_(counts.to(self.ema_counts.dtype), 1.0 - decay)
         if self.ema_decay is not None:
-            sums = torch.zeros_like(self.ema_sums)
-            sums.index_add_(0, indices, rows.to(sums.dtype))
             _sum_over_processes(sums)
-            self.ema_sums.lerp_(sums, 1.0 - decay)
+            self.ema_sums.lerp_(sums.to(self.ema_sums.dtype), 1.0 - decay)
             total = self.ema_counts.sum()
             smoothed = (
                 (self.ema_counts + _SMOOTHING) / (total + self.num_embeddings * _SMOOTHING) * total
@@ -199,8 +199,7 @@ class VectorQuantizer(nn.Module):
         centres = self._random_rows(rows)
         for _ in range(_KMEANS_ITERATIONS):
             indices = ops.vector_quantize(rows, centres).indices
-            counts = _count(indices, self.num_embeddings)
-            sums = torch.zeros_like(centres).index_add_(0, indices, rows)
+            counts, sums = ops.codebook_statistics(rows, indices, self.num_embeddings)
             _sum_over_processes(counts)
             _sum_over_processes(sums)
             means = sums / counts.clamp(min=1)[:, None].to(sums.dtype)

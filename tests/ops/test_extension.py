@@ -84,3 +84,26 @@ def test_library_of_another_torch(built: str, usable: bool, fresh_load: pytest.M
     else:
         assert problem is not None
         assert f"was built for torch {built} and this is torch {torch.__version__}" in problem
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "capability", "reason"),
+    [
+        (False, (9, 0), "was built without CUDA: no CUDA toolkit of torch's major version"),
+        (True, (7, 5), "its CUDA kernels need sm_80 or newer, cuda:0 is sm_75"),
+        (True, (8, 0), None),
+    ],
+)
+def test_cuda_kernels(
+    has_cuda: bool,
+    capability: tuple[int, int],
+    reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = ModuleType("fastldm._C")
+    module.has_cuda = has_cuda  # type: ignore[attr-defined]
+    monkeypatch.setattr(_extension, "_load", lambda: (module, None))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    problem = _extension.cuda_problem(torch.device("cuda:0"))
+    assert problem is None if reason is None else reason in str(problem)
+    assert _extension.cuda_problem(torch.device("cpu")) is None
