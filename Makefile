@@ -18,7 +18,7 @@ INSTALL = $$($(PY) -m pip --version >/dev/null 2>&1 \
 	&& echo "$(PY) -m pip install --disable-pip-version-check" \
 	|| echo "uv pip install --python $(PY)")
 
-.PHONY: demo test bench lint format setup setup-test emoji-data clean help
+.PHONY: demo test sanitize bench lint format setup setup-test emoji-data clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -30,6 +30,20 @@ demo: setup emoji-data ## train both stages on emoji and write pictures to outpu
 test: setup-test emoji-data ## run every check and test
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile --durations=15 \
 		--cov --cov-report=term:skip-covered --cov-report=xml --cov-fail-under=90 $(PYTEST_ARGS)
+
+# A copy is built, beside which the installed extension stays as it is. vptr wants the run-time
+# types of torch's classes, which its libraries keep to themselves.
+SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
+sanitize: setup-test ## C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r benchmarks csrc fastldm tests pyproject.toml setup.py LICENSE README.md build/sanitize
+	rm -f build/sanitize/fastldm/*.so
+	cd build/sanitize && FASTLDM_BUILD=cpp FASTLDM_CXXFLAGS='$(SANITIZE)' \
+		$(PY) setup.py build_ext --inplace
+	cd build/sanitize && CXXFLAGS='$(SANITIZE)' OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		$(PY) -m pytest tests/ops -p no:cacheprovider \
+		-k 'cpp or search or device_logic' --deselect tests/ops/vector_quantize/test_memory.py
 
 bench: setup-test ## run the benchmarks
 	$(PY) -m pytest benchmarks $(PYTEST_ARGS)

@@ -5,7 +5,7 @@ installed whose major version is that of torch's CUDA. Whether a GPU is visible 
 compiler, or a failed build, leaves a package that runs on the reference operators.
 
 ``FASTLDM_BUILD`` decides otherwise: ``auto`` (default), ``cpp`` (never CUDA), ``cuda`` (with CUDA,
-or no extension) or ``none``.
+or no extension) or ``none``. ``FASTLDM_CXXFLAGS`` adds flags for the C++ compiler and the linker.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def compiler_flags() -> list[str]:
         raise NotBuildableError(
             f"there is no C++ compiler ({compiler[0]}); install one, such as g++"
         )
-    for flags in ([*CPP_FLAGS, "-fopenmp"], CPP_FLAGS):
+    added = os.environ.get("FASTLDM_CXXFLAGS", "").split()
+    for flags in ([*CPP_FLAGS, "-fopenmp", *added], [*CPP_FLAGS, *added]):
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "probe.cpp")
             source.write_text("#include <vector>\nint probe() { return std::vector<int>(1)[0]; }\n")
@@ -172,7 +173,7 @@ def extension_arguments() -> dict[str, object]:
         include_dirs=[str(ROOT / "csrc" / "include"), str(ROOT / "csrc")],
         define_macros=[("FASTLDM_WITH_CUDA", None)] if cuda else [],
         extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "--fmad=false"]},
-        extra_link_args=["-fopenmp"] if "-fopenmp" in flags else [],
+        extra_link_args=[flag for flag in flags if flag not in CPP_FLAGS],
         optional=True,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": OptionalBuild}}

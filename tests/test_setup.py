@@ -153,6 +153,8 @@ def test_compiler(build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     without_openmp = 'for flag; do [ "$flag" = -fopenmp ] && exit 1; done; exit 0'
     monkeypatch.setenv("CXX", str(_script(tmp_path / "plain", without_openmp)))
     assert build.compiler_flags() == build.CPP_FLAGS
+    monkeypatch.setenv("FASTLDM_CXXFLAGS", "-O1 -g3")
+    assert build.compiler_flags() == [*build.CPP_FLAGS, "-O1", "-g3"]
 
 
 def test_mode_is_checked(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -115,13 +115,14 @@ def _conditions(config: SampleConfig) -> tuple[list[str], list[Any] | None]:
     numbers = []
     for entry in wanted:
         if isinstance(entry, str) and not entry.isdigit():
-            if entry not in names:
-                known = ", ".join(map(str, names)) or "none are stored with this model"
-                raise ConfigError(f"classes: no class {entry!r}; names: {known}")
-            numbers.append(names.index(entry))
+            number = names.index(entry) if entry in names else -1
         else:
-            numbers.append(int(entry))
-    return [names[number] if number < len(names) else str(number) for number in numbers], numbers
+            number = int(entry)
+        if number < 0 or (names and number >= len(names)):
+            known = ", ".join(map(str, names)) or "none are stored with this model"
+            raise ConfigError(f"classes: no class {entry!r}; names: {known}")
+        numbers.append(number)
+    return [names[number] if names else str(number) for number in numbers], numbers
 
 
 def _check_conditions(config: SampleConfig, model: Any) -> None:

@@ -72,6 +72,10 @@ def test_from_images_to_images(
     for options in ((), other):
         shown = run("sample", "--model", second, *options, "--output_dir", samples, status=2)
         assert f"{needed}: {second} is conditioned on them; give some" in shown
+    if kind == "vq":
+        for unknown in ("blue", 2):
+            shown = run("sample", "--model", second, "--classes", unknown, status=2)
+            assert f"classes: no class {unknown!r}; names: dark, light" in shown
     run("sample", "--model", second, *wanted, "--num_images", 2, "--num_inference_steps", 2,
         "--guidance_scale", 1.5, "--scheduler", "ddpm", "--batch_size", 3,
         "--output_dir", samples, "--cpu", "true")  # fmt: skip
