@@ -36,6 +36,8 @@ class FirstStageModel(ModelMixin):
     decoder: Decoder
     quant_conv: nn.Conv2d | None
     post_quant_conv: nn.Conv2d | None
+    _codes_reach_norms = False
+    """Whether the decoder also takes the latent that `post_quant_conv` is given."""
 
     def _set_up(
         self,
@@ -128,7 +130,8 @@ class FirstStageModel(ModelMixin):
         return h if self.quant_conv is None else self.quant_conv(h)
 
     def _decode_tile(self, z: Tensor) -> Tensor:
-        image = self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
+        h = z if self.post_quant_conv is None else self.post_quant_conv(z)
+        image = self.decoder(h, z if self._codes_reach_norms else None)
         return image.tanh() if self._output_activation == "tanh" else image
 
     def _tiled(

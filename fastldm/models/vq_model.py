@@ -36,7 +36,7 @@ class VQModel(FirstStageModel):
         num_vq_embeddings: K, number of codes.
         vq_embed_dim: channels of a code, `latent_channels` if None.
         scaling_factor: the diffusion model sees z · scaling_factor.
-        norm_type: "group"; the "spatial" norm of MoVQ is not part of latent diffusion.
+        norm_type: "group", or "spatial": MoVQ's decoder, whose norms the codes modulate.
         mid_block_add_attention: attention in the middle blocks.
         lookup_from_codebook: ``decode(…, force_not_quantize=True)`` takes indices.
         force_upcast: pipelines run this model in float32 where the rest is in half precision.
@@ -76,9 +76,14 @@ class VQModel(FirstStageModel):
         output_activation: str | None = None,
     ) -> None:
         super().__init__()
-        if norm_type != "group":
-            raise ConfigError(f"norm_type: expected 'group', got {norm_type!r}")
+        if norm_type not in ("group", "spatial"):
+            raise ConfigError(f"norm_type: expected 'group' or 'spatial', got {norm_type!r}")
         code_channels = latent_channels if vq_embed_dim is None else vq_embed_dim
+        if norm_type == "spatial" and code_channels != latent_channels:
+            raise ConfigError(
+                f"vq_embed_dim: the spatial norm wants latent_channels = {latent_channels}, "
+                f"got {code_channels}"
+            )
         self._set_up(block_out_channels, sample_size, in_channels, code_channels, output_activation)
         self.lookup_from_codebook = lookup_from_codebook
         self.encoder = Encoder(
@@ -110,7 +115,9 @@ class VQModel(FirstStageModel):
             norm_num_groups=norm_num_groups,
             act_fn=act_fn,
             mid_block_add_attention=mid_block_add_attention,
+            spatial_norm=norm_type == "spatial",
         )
+        self._codes_reach_norms = norm_type == "spatial"
 
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Latents of images, before quantisation.

@@ -13,6 +13,7 @@ from fastldm.modules.activations import get_activation, group_norm, norm_and_act
 from fastldm.modules.attention import Attention
 from fastldm.modules.resnet import ResnetBlock2D
 from fastldm.modules.sampling import Downsample2D, Upsample2D
+from fastldm.modules.spatial_norm import SpatialAttention, SpatialNorm, SpatialResnetBlock2D
 
 _EPS = 1e-6
 
@@ -20,7 +21,11 @@ _DOWN_BLOCK_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": 
 _UP_BLOCK_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
-def _resnet(in_channels: int, out_channels: int, num_groups: int, act_fn: str) -> ResnetBlock2D:
+def _resnet(
+    in_channels: int, out_channels: int, num_groups: int, act_fn: str, zq_channels: int | None
+) -> nn.Module:
+    if zq_channels is not None:
+        return SpatialResnetBlock2D(in_channels, out_channels, zq_channels, act_fn)
     return ResnetBlock2D(
         in_channels=in_channels,
         out_channels=out_channels,
@@ -31,8 +36,10 @@ def _resnet(in_channels: int, out_channels: int, num_groups: int, act_fn: str) -
     )
 
 
-def _attention(channels: int, num_groups: int) -> Attention:
+def _attention(channels: int, num_groups: int, zq_channels: int | None) -> Attention:
     """One head over all channels."""
+    if zq_channels is not None:
+        return SpatialAttention(channels, zq_channels)
     return Attention(
         channels,
         heads=1,
@@ -45,7 +52,10 @@ def _attention(channels: int, num_groups: int) -> Attention:
 
 
 class _Level(nn.Module):
-    """Residual blocks at one resolution, each followed by attention where `attention` says so."""
+    """Residual blocks at one resolution, each followed by attention where `attention` says so.
+
+    With `zq_channels` the norms are `SpatialNorm`s, and the forward pass takes the latent.
+    """
 
     def __init__(
         self,
@@ -55,23 +65,24 @@ class _Level(nn.Module):
         num_groups: int,
         act_fn: str,
         attention: bool,
+        zq_channels: int | None = None,
     ) -> None:
         super().__init__()
+        inputs = [in_channels] + [out_channels] * (num_layers - 1)
         self.resnets = nn.ModuleList(
-            _resnet(in_channels if i == 0 else out_channels, out_channels, num_groups, act_fn)
-            for i in range(num_layers)
+            _resnet(channels, out_channels, num_groups, act_fn, zq_channels) for channels in inputs
         )
         self.attentions: nn.ModuleList | None = None
         if attention:
             self.attentions = nn.ModuleList(
-                _attention(out_channels, num_groups) for _ in range(num_layers)
+                _attention(out_channels, num_groups, zq_channels) for _ in range(num_layers)
             )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
         for i, resnet in enumerate(self.resnets):
-            hidden_states = resnet(hidden_states)
+            hidden_states = resnet(hidden_states, zq)
             if self.attentions is not None:
-                hidden_states = self.attentions[i](hidden_states)
+                hidden_states = self.attentions[i](hidden_states, zq)
         return hidden_states
 
 
@@ -99,8 +110,8 @@ class DownEncoderBlock2D(_Level):
                 [Downsample2D(out_channels, use_conv=True, padding=0)]
             )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = super().forward(hidden_states)
+    def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
+        hidden_states = super().forward(hidden_states, zq)
         if self.downsamplers is not None:
             hidden_states = self.downsamplers[0](hidden_states)
         return hidden_states
@@ -122,14 +133,17 @@ class UpDecoderBlock2D(_Level):
         act_fn: str = "silu",
         attention: bool = False,
         add_upsample: bool = True,
+        zq_channels: int | None = None,
     ) -> None:
-        super().__init__(in_channels, out_channels, num_layers, num_groups, act_fn, attention)
+        super().__init__(
+            in_channels, out_channels, num_layers, num_groups, act_fn, attention, zq_channels
+        )
         self.upsamplers: nn.ModuleList | None = None
         if add_upsample:
             self.upsamplers = nn.ModuleList([Upsample2D(out_channels, use_conv=True)])
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = super().forward(hidden_states)
+    def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
+        hidden_states = super().forward(hidden_states, zq)
         if self.upsamplers is not None:
             hidden_states = self.upsamplers[0](hidden_states)
         return hidden_states
@@ -138,18 +152,27 @@ class UpDecoderBlock2D(_Level):
 class AutoencoderMidBlock2D(nn.Module):
     """Residual block, attention (optional), residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, num_groups: int, act_fn: str, add_attention: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        num_groups: int,
+        act_fn: str,
+        add_attention: bool,
+        zq_channels: int | None = None,
+    ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(
-            _resnet(channels, channels, num_groups, act_fn) for _ in range(2)
+            _resnet(channels, channels, num_groups, act_fn, zq_channels) for _ in range(2)
         )
-        self.attentions = nn.ModuleList([_attention(channels, num_groups)] if add_attention else [])
+        self.attentions = nn.ModuleList(
+            [_attention(channels, num_groups, zq_channels)] if add_attention else []
+        )
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        hidden_states = self.resnets[0](hidden_states)
+    def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
+        hidden_states = self.resnets[0](hidden_states, zq)
         for attention in self.attentions:
-            hidden_states = attention(hidden_states)
-        return self.resnets[1](hidden_states)
+            hidden_states = attention(hidden_states, zq)
+        return self.resnets[1](hidden_states, zq)
 
 
 class Encoder(nn.Module):
@@ -218,7 +241,7 @@ class Encoder(nn.Module):
         """[B, in_channels, H, W] → [B, out_channels (twice with double_z), H/f, W/f]."""
         sample = self.conv_in(sample)
         for block in (*self.down_blocks, self.mid_block):
-            sample = _run_block(block, sample, self.gradient_checkpointing)
+            sample = _run_block(block, sample, None, self.gradient_checkpointing)
         sample = norm_and_activate(self.conv_norm_out, sample, self.conv_act)
         return self.conv_out(sample)
 
@@ -231,6 +254,7 @@ class Decoder(nn.Module):
             lowest resolution to the highest.
         block_out_channels: channels of each level, from the highest resolution to the lowest.
         layers_per_block: residual blocks a level, less one.
+        spatial_norm: MoVQ's norms, which the quantised latent modulates, in place of GroupNorms.
     """
 
     def __init__(
@@ -243,13 +267,15 @@ class Decoder(nn.Module):
         norm_num_groups: int = 32,
         act_fn: str = "silu",
         mid_block_add_attention: bool = True,
+        spatial_norm: bool = False,
     ) -> None:
         super().__init__()
+        zq_channels = in_channels if spatial_norm else None
         _check_levels("up_block_types", up_block_types, block_out_channels, _UP_BLOCK_ATTENTION)
         first, last = block_out_channels[0], block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, last, 3, padding=1)
         self.mid_block = AutoencoderMidBlock2D(
-            last, norm_num_groups, act_fn, mid_block_add_attention
+            last, norm_num_groups, act_fn, mid_block_add_attention, zq_channels
         )
         outputs = list(reversed(block_out_channels))
         self.up_blocks = nn.ModuleList(
@@ -261,29 +287,43 @@ class Decoder(nn.Module):
                 act_fn=act_fn,
                 attention=_UP_BLOCK_ATTENTION[block_type],
                 add_upsample=i < len(outputs) - 1,
+                zq_channels=zq_channels,
             )
             for i, (block_type, level_in, level_out) in enumerate(
                 zip(up_block_types, [last, *outputs[:-1]], outputs, strict=True)
             )
         )
-        self.conv_norm_out = group_norm(first, norm_num_groups, _EPS)
+        self.conv_norm_out: nn.GroupNorm | SpatialNorm = (
+            SpatialNorm(first, zq_channels)
+            if zq_channels is not None
+            else group_norm(first, norm_num_groups, _EPS)
+        )
         self.conv_act = get_activation("silu")
         self.conv_out = nn.Conv2d(first, out_channels, 3, padding=1)
         self.gradient_checkpointing = False
 
-    def forward(self, sample: Tensor) -> Tensor:
-        """[B, in_channels, h, w] → [B, out_channels, f·h, f·w]."""
+    def forward(self, sample: Tensor, zq: Tensor | None = None) -> Tensor:
+        """[B, in_channels, h, w] → [B, out_channels, f·h, f·w].
+
+        Args:
+            zq: with `spatial_norm`: the quantised latent, [B, in_channels, h, w].
+        """
         sample = self.conv_in(sample)
         for block in (self.mid_block, *self.up_blocks):
-            sample = _run_block(block, sample, self.gradient_checkpointing)
-        sample = norm_and_activate(self.conv_norm_out, sample, self.conv_act)
+            sample = _run_block(block, sample, zq, self.gradient_checkpointing)
+        if isinstance(self.conv_norm_out, SpatialNorm):
+            sample = self.conv_act(self.conv_norm_out(sample, zq))
+        else:
+            sample = norm_and_activate(self.conv_norm_out, sample, self.conv_act)
         return self.conv_out(sample)
 
 
-def _run_block(block: nn.Module, sample: Tensor, gradient_checkpointing: bool) -> Tensor:
+def _run_block(
+    block: nn.Module, sample: Tensor, zq: Tensor | None, gradient_checkpointing: bool
+) -> Tensor:
     if gradient_checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, sample, use_reentrant=False)
-    return block(sample)
+        return checkpoint(block, sample, zq, use_reentrant=False)
+    return block(sample, zq)
 
 
 def _check_levels(

@@ -28,6 +28,14 @@ CONFIGS = {
         "vq_embed_dim": 6,
         "mid_block_add_attention": False,
     },
+    "MoVQ": {
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        "up_block_types": ("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+        "num_vq_embeddings": 24,
+        "latent_channels": 4,
+        "norm_type": "spatial",
+    },
 }
 PLAIN = CONFIGS["plain"]
 
@@ -181,7 +189,9 @@ def test_what_does_not_fit_is_refused():
         model.encode(torch.zeros(1, 3, 16, 15))
     with pytest.raises(DataError, match=r"expected \[B, 3, h, w\], got \[1, 4, 2, 2\]"):
         model.decode(torch.zeros(1, 4, 2, 2))
-    with pytest.raises(ConfigError, match="norm_type: expected 'group', got 'spatial'"):
-        VQModel(**PLAIN, norm_type="spatial")
+    with pytest.raises(ConfigError, match="norm_type: expected 'group' or 'spatial', got 'layer'"):
+        VQModel(**PLAIN, norm_type="layer")
+    with pytest.raises(ConfigError, match="wants latent_channels = 4, got 5"):
+        VQModel(**CONFIGS["MoVQ"], vq_embed_dim=5)
     with pytest.raises(ConfigError, match="codebook_ema_decay"):
         VQModel(**PLAIN, codebook_ema_decay=1.0)
