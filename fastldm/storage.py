@@ -90,6 +90,14 @@ def recover_directory(path: str | Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def remove_directory(path: str | Path) -> None:
+    """Delete a folder at once; `recover_directory` deletes what a crash on the way leaves."""
+    path = Path(path)
+    doomed = path.parent / f"{_TEMPORARY_PREFIX}{path.name}-removed"
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Give a temporary file name beside `path`; on success it is flushed and renamed to `path`."""

@@ -68,6 +68,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def is_main_process() -> bool:
+    """Whether this is the only process, or the first of those that a launcher started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{what}" for name, what in COMMANDS.items()]
@@ -93,6 +98,6 @@ def _set_up_logging() -> None:
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         logging.getLogger("fastldm").setLevel(logging.INFO)
     logging.getLogger("fastldm.ops").setLevel(logging.WARNING)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastldm.cli import is_main_process
 from fastldm.cli.parsing import parse_config
 from fastldm.training.config import AutoencoderTrainingConfig
 
@@ -15,4 +16,6 @@ def run(arguments: Sequence[str]) -> None:
     )
     from fastldm.training.autoencoder import train_autoencoder
 
-    print(train_autoencoder(config))
+    folder = train_autoencoder(config)
+    if is_main_process():
+        print(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fastldm.cli import is_main_process
 from fastldm.cli.parsing import parse_config
 from fastldm.training.config import LatentDiffusionTrainingConfig
 
@@ -18,4 +19,6 @@ def run(arguments: Sequence[str]) -> None:
     )
     from fastldm.training.latent_diffusion import train_latent_diffusion
 
-    print(train_latent_diffusion(config))
+    folder = train_latent_diffusion(config)
+    if is_main_process():
+        print(folder)

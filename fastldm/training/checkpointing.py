@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import random
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from fastldm.storage import (
     pickle_problem,
     read_json,
     recover_directory,
+    remove_directory,
     save_weights,
     write_json,
 )
@@ -75,7 +75,7 @@ def find_checkpoint(output_dir: str | Path, resume: str, *, overwrite: bool = Fa
                 "resume: latest, choose another folder, or set overwrite: true"
             )
         for checkpoint in existing:
-            shutil.rmtree(checkpoint)
+            remove_directory(checkpoint)
         return None
     if not Path(resume, _MANIFEST).is_file():
         raise CheckpointError(
@@ -220,9 +220,7 @@ def write_error_reason(error: BaseException) -> str:
 def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
     for checkpoint in list_checkpoints(output_dir)[:-keep]:
-        # Without its manifest a half-deleted folder is no checkpoint.
-        (checkpoint / _MANIFEST).unlink()
-        shutil.rmtree(checkpoint)
+        remove_directory(checkpoint)
 
 
 def random_states() -> dict[str, Any]:

@@ -35,13 +35,20 @@ class Environment:
 
         self.accelerator: Accelerator = Accelerator(
             mixed_precision="no",
-            cpu=config.cpu,
+            # Unless told of the CPU, Accelerate leaves processes without GPUs strangers.
+            cpu=config.cpu or not torch.accelerator.is_available(),
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device: torch.device = self.accelerator.device
         self.num_processes: int = self.accelerator.num_processes
         self.process_index: int = self.accelerator.process_index
         self.is_main: bool = self.accelerator.is_main_process
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.num_processes:
+            raise ConfigError(
+                f"{started} processes were started, but Accelerate joins {self.num_processes} on "
+                f"{self.device.type}; set cpu: true or start one process"
+            )
         precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
         if precision not in ("no", *_DTYPES):
             raise ConfigError(f"mixed_precision: expected no, bf16 or fp16, got {precision!r}")

@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,24 @@ def test_other_errors_are_not_taken_for_a_full_disk(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="a bug"):
         write_checkpoint(tmp_path, 1, {}, parts)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_crash_while_deleting_leaves_no_half_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        write(tmp_path, step)
+
+    def killed(folder: Path, **_: Any) -> None:
+        (folder / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoints(tmp_path, 1)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2"]
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizers.pt", "state.json"])

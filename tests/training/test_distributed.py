@@ -7,10 +7,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastldm.losses import FirstStageLossConfig
 from fastldm.training import train_autoencoder, train_latent_diffusion
@@ -19,7 +21,7 @@ from fastldm.training.config import to_plain
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("distributed_script.py")
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-# accelerate starts several processes for GPUs only; ACCELERATE_USE_CPU then puts them on gloo.
+# Without --multi_gpu accelerate starts one process on a machine without GPUs.
 ACCELERATE = [
     "accelerate.commands.launch",
     "--multi_gpu",
@@ -44,7 +46,6 @@ def launch(launcher: list[str], folder: Path, **stages: Any) -> None:
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "ACCELERATE_USE_CPU": "true",
     }
     result = subprocess.run(
         [sys.executable, "-m", *launcher, str(SCRIPT), str(settings)],
@@ -104,6 +105,8 @@ def test_accelerate_launch(
     autoencoder: Callable[..., Any], metrics: Metrics, tmp_path: Path
 ) -> None:
     train_autoencoder(autoencoder("one", 4))
-    launch(ACCELERATE, tmp_path, autoencoder=autoencoder("two", 2))
+    # A machine without an accelerator needs no word of it.
+    cpu = torch.accelerator.is_available()
+    launch(ACCELERATE, tmp_path, autoencoder=replace(autoencoder("two", 2), cpu=cpu))
     one, two = metrics(str(tmp_path / "one")), metrics(str(tmp_path / "two"))
     assert_same(one, two, AUTOENCODER_LOGS, 3)
