@@ -1,6 +1,8 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "diffusion_step/cpu.h"
+#include "group_norm_silu/cpu.h"
 #include "vector_quantize/cpu.h"
 #include "vector_quantize/search_kernels.h"
 #ifdef FASTLDM_WITH_CUDA
@@ -22,6 +24,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("has_cuda") = false;
 #endif
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  module.def("diffusion_step_fwd", &fastldm::diffusion_step_fwd, unlocked);
+  module.def("group_norm_silu_fwd", &fastldm::group_norm_silu_fwd, unlocked);
+  module.def("group_norm_silu_bwd", &fastldm::group_norm_silu_bwd, unlocked);
   module.def("vector_quantize_fwd", &fastldm::vector_quantize_fwd, unlocked);
   module.def("vector_quantize_bwd", &fastldm::vector_quantize_bwd, unlocked);
   module.def("codebook_statistics", &fastldm::codebook_statistics, unlocked);

@@ -133,6 +133,23 @@ def _why_not_triton(name: str, x: Tensor) -> str | None:
     return f"it serves CUDA tensors, {name} is on {x.device}"
 
 
+def _group_norm_silu_cpp(x: Tensor, *_: Any, **__: Any) -> str | None:
+    if x.device.type != "cpu":
+        return f"it serves CPU tensors, x is on {x.device}"
+    if x.dtype not in _REAL_DTYPES:
+        return f"no kernel for x of {x.dtype}"
+    return _extension_problem()
+
+
+def _diffusion_step_cpp(sample: Tensor, *operands: Tensor, **options: Any) -> str | None:
+    if sample.device.type != "cpu":
+        return f"it serves CPU tensors, sample is on {sample.device}"
+    for value in (sample, *operands, *options.values()):
+        if isinstance(value, Tensor) and value.dtype not in _REAL_DTYPES:
+            return f"no kernel for an operand of {value.dtype}"
+    return _extension_problem()
+
+
 def _vector_quantize_cpp(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> str | None:
     if z.device.type not in ("cpu", "cuda"):
         return f"it serves CPU and CUDA tensors, z is on {z.device}"
@@ -196,6 +213,9 @@ def _listed(names: tuple[str, ...]) -> str:
 
 _PREDICATES: dict[tuple[str, str], Callable[..., str | None]] = {
     ("group_norm_silu", "triton"): _group_norm_silu_triton,
+    ("group_norm_silu", "cpp"): _group_norm_silu_cpp,
+    ("ddim_step", "cpp"): _diffusion_step_cpp,
+    ("ddpm_step", "cpp"): _diffusion_step_cpp,
     ("vector_quantize", "cpp"): _vector_quantize_cpp,
     ("codebook_statistics", "cpp"): _codebook_statistics_cpp,
 }

@@ -19,22 +19,28 @@ from fastldm.ops._layout import empty_like
 
 _LIBRARY = torch.library.Library("fastldm", "DEF")
 _MODULE_OF_BACKEND = {"triton": "triton_kernel", "cpp": "cpp", "reference": "reference"}
+_FOLDER_OF_OPERATOR: dict[str, str] = {}
 
 
 @functools.cache
-def _kernel(folder: str, name: str, backend: str) -> Callable[..., Any]:
-    """A function of a backend's module, which is imported when its first call comes."""
+def kernel(name: str, backend: str) -> Callable[..., Any]:
+    """What computes a raw operator: a function of a backend's module, imported at its first call.
+
+    Called straight, it passes by torch's dispatcher: see `fastldm.ops._direct`.
+    """
+    folder = _FOLDER_OF_OPERATOR[name]
     module = importlib.import_module(f"fastldm.ops.{folder}.{_MODULE_OF_BACKEND[backend]}")
-    kernel: Callable[..., Any] = getattr(module, name)
-    return kernel
+    function: Callable[..., Any] = getattr(module, name)
+    return function
 
 
 def _define(schema: str, fake: Callable[..., Any], *, folder: str) -> None:
     """Define ``fastldm::<schema>``; each backend's module has its kernel under the op's name."""
     name = schema.partition("(")[0]
+    _FOLDER_OF_OPERATOR[name] = folder
 
     def call(*args: Any, backend: str, **kwargs: Any) -> Any:
-        return _kernel(folder, name, backend)(*args, **kwargs)
+        return kernel(name, backend)(*args, **kwargs)
 
     def call_fake(*args: Any, backend: str, **kwargs: Any) -> Any:
         return fake(*args, **kwargs)

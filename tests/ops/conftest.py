@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastldm.ops import _dispatch, _extension, _schema
 
@@ -94,6 +95,53 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         assert (guards == sentinel).all(), "written outside of a buffer"
 
 
+class PaddedMemory(TorchDispatchMode):
+    """Gives every new uninitialised tensor NaN inside and a band of a known value around it."""
+
+    _BAND, _VALUE = 64, 12345.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: list[Tensor] = []
+
+    @property
+    def tensors(self) -> int:
+        """How many have been made."""
+        return len(self._buffers)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func.namespace == "fastldm":
+            # A mode does not see what an operator does inside, but it does what a kernel does.
+            with self:
+                return _schema.kernel(func._opname, kwargs.pop("backend"))(*args, **kwargs)
+        made = func(*args, **kwargs)
+        if func.overloadpacket not in (torch.ops.aten.empty, torch.ops.aten.empty_like) or (
+            not made.is_floating_point()
+        ):
+            return made
+        # That the tensor is dense is what makes its memory one piece.
+        assert made.untyped_storage().nbytes() == made.numel() * made.itemsize
+        buffer = torch.full((made.numel() + 2 * self._BAND,), self._VALUE, dtype=made.dtype)
+        self._buffers.append(buffer)
+        inside = buffer.as_strided(made.size(), made.stride(), self._BAND)
+        return inside.fill_(torch.nan)
+
+    def assert_untouched(self) -> None:
+        """The bands are as they were."""
+        for buffer in self._buffers:
+            bands = torch.cat([buffer[: self._BAND], buffer[-self._BAND :]])
+            assert torch.equal(bands, torch.full_like(bands, self._VALUE))
+
+
+@pytest.fixture
+def padded_memory() -> type[PaddedMemory]:
+    """A context in which new tensors have a band around them that nothing may write to."""
+    return PaddedMemory
+
+
 @pytest.fixture
 def laid_out() -> Callable[[Tensor, str], Tensor]:
     """The same values in another memory layout: contiguous, channels_last or sliced."""
@@ -121,11 +169,17 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """Both ways through a functional whose reference is differentiable by itself.
 
     "raw" is the way of a kernel, through the raw operators and their autograd function, here with
-    the reference's kernels behind a backend of another name.
+    the reference's kernels behind a backend of another name. A test of an operator with a C++
+    kernel asks for "cpp", too.
     """
+    if request.param == "cpp" and _extension.problem():
+        pytest.skip(str(_extension.problem()))
     if request.param == "raw":
         monkeypatch.setitem(_schema._MODULE_OF_BACKEND, "stand-in", "reference")
         monkeypatch.setattr(_dispatch, "choose", lambda *_, **__: "stand-in")
+    else:
+        name = "cpp" if request.param == "cpp" else "reference"
+        monkeypatch.setattr(_dispatch, "choose", lambda *_, **__: name)
     return str(request.param)
 
 

@@ -66,7 +66,7 @@ def _lookup_cases() -> list[Case]:
 
 CASES = [*_norm_cases(), *_attention_cases(), *_lookup_cases()]
 # Which operator has a kernel where; the reference has all.
-CPP_OPERATORS = ("vector_quantize",)
+CPP_OPERATORS = ("group_norm_silu", "vector_quantize")
 
 
 @pytest.mark.parametrize(

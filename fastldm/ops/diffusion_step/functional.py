@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
+from fastldm.ops import _direct, _schema
 from fastldm.ops._dispatch import choose
 from fastldm.ops.diffusion_step import reference
 from fastldm.ops.diffusion_step.coefficients import (
@@ -301,6 +302,9 @@ def _implementation(op_name: str, *operands: Tensor, **options: Any) -> Callable
         for value in (*operands, *options.values())
     ):
         return reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
+    tensors = [value for value in options.values() if isinstance(value, Tensor)]
+    if _direct.may_call_kernel(*operands, *tensors):
+        return _schema.kernel(f"{op_name}_fwd", backend)
     raw = torch.ops.fastldm
     return partial(
         raw.ddim_step_fwd if op_name == "ddim_step" else raw.ddpm_step_fwd, backend=backend

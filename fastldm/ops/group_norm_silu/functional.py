@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
-from fastldm.ops import _checks, _dispatch
+from fastldm.ops import _checks, _direct, _dispatch, _schema
 from fastldm.ops.group_norm_silu import reference
 
 
@@ -63,7 +63,13 @@ def group_norm_silu(
         # a second trip through Python, and the compiler fuses it with the convolutions' biases and
         # the additions around it, where a raw operator would be a black box.
         return _formula(x, *operands, num_groups=num_groups, eps=eps, silu=silu)
-    result: Tensor = _GroupNormSiLU.apply(x, *operands, num_groups, eps, silu, backend)
+    result: Tensor
+    if _direct.may_call_kernel(x, *operands):
+        result, _, _ = _schema.kernel("group_norm_silu_fwd", backend)(
+            x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift
+        )
+    else:
+        result = _GroupNormSiLU.apply(x, *operands, num_groups, eps, silu, backend)
     return result
 
 

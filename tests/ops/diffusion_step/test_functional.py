@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastldm.errors import BackendUnavailableError, ConfigError
 from fastldm.ops import (
+    _extension,
     backend,
     ddim_coefficients,
     ddim_step,
@@ -184,6 +185,15 @@ CASES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         for kind in VARIANCE_TYPES
     },
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def served_by(request):
+    """Every test runs on each backend that has a kernel for the CPU."""
+    if request.param == "cpp" and _extension.problem():
+        pytest.skip(_extension.problem())
+    with backend(request.param):
+        yield request.param
 
 
 @pytest.fixture
@@ -366,7 +376,7 @@ def test_one_compiled_step_serves_every_time_step_and_batch_size():
 
 
 @pytest.mark.parametrize("op", ["ddim", "ddpm"])
-def test_raw_operator_keeps_its_contract(op):
+def test_raw_operator_keeps_its_contract(op, served_by):
     tensors = draw("sample", "model_output", "noise", dtype=torch.float32)
     raw = torch.ops.fastldm.ddim_step_fwd if op == "ddim" else torch.ops.fastldm.ddpm_step_fwd
     specific: dict[str, Any] = {"use_clipped_model_output": False}
@@ -381,7 +391,7 @@ def test_raw_operator_keeps_its_contract(op):
             "model_output_uncond": tensors["noise"], "guidance_scale": 2.0,
             "guidance_scales": None, "guidance_rescale": 0.5, "noise": None,
             "seed": torch.tensor([3]), "offset": torch.tensor(1),
-            "backend": "reference", **specific,
+            "backend": served_by, **specific,
         },
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )  # fmt: skip

@@ -1,0 +1,352 @@
+// GroupNorm + SiLU on one processor core, as fastldm/ops/group_norm_silu/reference.py defines it.
+//
+// With h = x + channel_add + residual, m = the mean of its group rounded to T, and for each channel
+//     gain = weight (1 + scale), offset = bias (1 + scale) + shift, rstd = 1/sqrt(var + eps)
+// an element becomes y = silu((h - m) (rstd gain) + (offset + (m - mean) (rstd gain))): the last
+// term gives back what rounding the mean took away, so a mean far above the deviation costs
+// nothing. Variances are taken run by run, about the run's own mean, and merged in a fixed order.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "fastldm/arithmetic.h"
+#include "fastldm/storage.h"
+#include "fastldm/sums.h"
+
+namespace fastldm::norm {
+
+// Elements of a run in the contiguous layout: it stays in the nearest cache while it is read twice.
+constexpr int64_t kRun = 2048;
+
+// T is the type of the computation. Tensors are dense: [B, C, pixels] or, with channels innermost,
+// [B, pixels, C]. Null is an option that is not given.
+template <typename T>
+struct Operands {
+  Source x, residual;
+  const T* weight = nullptr;       // [C]
+  const T* bias = nullptr;         // [C]
+  const T* channel_add = nullptr;  // [B, C], as the next two
+  const T* scale = nullptr;
+  const T* shift = nullptr;
+  int64_t batch = 0, channels = 0, pixels = 0, groups = 0;
+  double eps = 0;
+  bool silu = true;
+
+  FASTLDM_INLINE int64_t group_channels() const { return channels / groups; }
+
+  FASTLDM_INLINE T gain(int64_t b, int64_t c) const {
+    const T gain = weight ? weight[c] : T(1);
+    return scale ? gain * (T(1) + scale[b * channels + c]) : gain;
+  }
+
+  FASTLDM_INLINE T offset(int64_t b, int64_t c) const {
+    T offset = bias ? bias[c] : T(0);
+    if (scale) offset *= T(1) + scale[b * channels + c];
+    return shift ? offset + shift[b * channels + c] : offset;
+  }
+
+  // Whether h is more than x.
+  FASTLDM_INLINE bool is_sum() const { return channel_add || residual.data; }
+  // Whether h is in memory as it is computed with.
+  FASTLDM_INLINE bool is_plain() const { return is_stored_as<T>(x.type) && !is_sum(); }
+};
+
+// One number for every element of a run, where its channels-innermost counterpart is a pointer.
+template <typename T>
+struct Same {
+  T value;
+  FASTLDM_INLINE T operator[](int64_t) const { return value; }
+};
+
+// h, run by run.
+template <typename T>
+class Loader {
+ public:
+  Loader(const Operands<T>& operands, int64_t longest)
+      : from_(operands),
+        nothing_(operands.is_sum() ? operands.channels : 0),
+        x_(operands.is_sum() && !is_stored_as<T>(operands.x.type) ? longest : 0),
+        residual_(operands.residual.data ? x_.size() : 0) {}
+
+  // A channel_add of zeros.
+  FASTLDM_INLINE const T* nothing() const { return nothing_.data(); }
+
+  // h = x + added + residual of `count` elements from `first` on: in place, or in `to`.
+  template <typename Added>
+  FASTLDM_INLINE const T* load(int64_t first, int64_t count, Added added, T* to) {
+    if (!from_.is_sum()) return read_upward(from_.x, first, count, to);
+    const T* __restrict__ x = read_upward(from_.x, first, count, x_.data());
+    T* __restrict__ h = to;
+    if (from_.residual.data) {
+      const T* __restrict__ residual = read_upward(from_.residual, first, count, residual_.data());
+      for (int64_t i = 0; i < count; ++i) h[i] = x[i] + added[i] + residual[i];
+    } else {
+      for (int64_t i = 0; i < count; ++i) h[i] = x[i] + added[i];
+    }
+    return to;
+  }
+
+ private:
+  const Operands<T>& from_;
+  std::vector<T> nothing_, x_, residual_;
+};
+
+template <bool kFused, typename T, typename Values>
+FASTLDM_INLINE void normalise(const T* __restrict__ h, Values centre, Values factor, Values offset,
+                              bool with_silu, const ExpLimits<T>& limits, int64_t count,
+                              T* __restrict__ y) {
+  if (with_silu) {
+    for (int64_t i = 0; i < count; ++i) {
+      y[i] = silu<kFused>(multiply_add<kFused>(h[i] - centre[i], factor[i], offset[i]), limits);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i) {
+      y[i] = multiply_add<kFused>(h[i] - centre[i], factor[i], offset[i]);
+    }
+  }
+}
+
+// The parts in which a contiguous group is walked: whole channels as long as they fit into a run,
+// or pieces of one channel. `first` and `count` are in elements of the group.
+FASTLDM_INLINE int64_t length_of_run(int64_t first, int64_t group_size, int64_t pixels) {
+  if (pixels <= kRun) return std::min(group_size - first, kRun / pixels * pixels);
+  return std::min(kRun, pixels - first % pixels);
+}
+
+// `count` elements of the group whose first channel is `channel`, from its element `first` on.
+template <typename T>
+FASTLDM_INLINE const T* load_run(const Operands<T>& from, Loader<T>& loader, int64_t b,
+                                 int64_t channel, int64_t first, int64_t count, T* buffer) {
+  const int64_t base = (b * from.channels + channel) * from.pixels + first;
+  const int64_t piece = from.channel_add ? std::min(count, from.pixels) : count;
+  int64_t c = b * from.channels + channel + first / from.pixels;
+  const T* h = nullptr;
+  for (int64_t i = 0; i < count; i += piece, ++c) {
+    const Same<T> added{from.channel_add ? from.channel_add[c] : T(0)};
+    const T* of_piece = loader.load(base + i, piece, added, buffer + i);
+    if (i == 0) h = of_piece;
+  }
+  return h;
+}
+
+template <typename T>
+FASTLDM_INLINE Moments moments_of_run(const T* h, int64_t count) {
+  const T centre = sum(h, count) / static_cast<T>(count);
+  T about = 0, squares = 0;
+  sum_deviations(h, count, centre, about, squares);
+  return Moments::about(centre, static_cast<double>(count), about, squares);
+}
+
+// What a channel's elements are normalised with.
+template <typename T>
+struct Affine {
+  T centre, factor, offset;
+
+  FASTLDM_INLINE Affine(double mean, double rstd, T gain, T channel_offset) {
+    const double slope = rstd * gain;
+    centre = static_cast<T>(mean);
+    factor = static_cast<T>(slope);
+    offset = static_cast<T>(channel_offset + (centre - mean) * slope);
+  }
+};
+
+// Contiguous: a task is a group, read twice and written once.
+template <typename T>
+struct ContiguousForward {
+  Operands<T> from;
+  Target y;
+  T *mean, *rstd;  // [B, groups]
+
+  template <bool kFused>
+  FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
+    alignas(64) T buffer[kRun], rounded[kRun];
+    const ExpLimits<T> limits;
+    Loader<T> loader(from, kRun);
+    const int64_t depth = from.group_channels(), size = depth * from.pixels;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / from.groups, channel = task % from.groups * depth;
+      const int64_t base = (b * from.channels + channel) * from.pixels;
+      Moments all;
+      double inverse = 0;
+      for (const bool is_last : {false, true}) {
+        for (int64_t first = 0, count; first < size; first += count) {
+          count = length_of_run(first, size, from.pixels);
+          const T* h = load_run(from, loader, b, channel, first, count, buffer);
+          if (!is_last) {
+            all.add(moments_of_run(h, count));
+            continue;
+          }
+          T* to = room(y, base + first, rounded);
+          const int64_t piece = std::min(count, from.pixels);
+          int64_t c = channel + first / from.pixels;
+          for (int64_t i = 0; i < count; i += piece, ++c) {
+            const Affine<T> with(all.mean, inverse, from.gain(b, c), from.offset(b, c));
+            normalise<kFused>(h + i, Same<T>{with.centre}, Same<T>{with.factor},
+                              Same<T>{with.offset}, from.silu, limits, piece, to + i);
+          }
+          flush(to, y, base + first, count);
+        }
+        inverse = 1 / std::sqrt(all.squares / all.count + from.eps);
+      }
+      mean[task] = static_cast<T>(all.mean);
+      rstd[task] = static_cast<T>(inverse);
+    }
+  }
+};
+
+// With channels innermost a sample is cut into blocks of pixels, whatever the number of threads.
+struct Blocks {
+  int64_t pixels_each, per_sample;
+
+  Blocks(int64_t channels, int64_t pixels) {
+    // Large enough for a channel's own mean to be worth it, small enough for the cache.
+    pixels_each = std::clamp<int64_t>((1 << 16) / channels, 32, 256);
+    per_sample = (pixels + pixels_each - 1) / pixels_each;
+  }
+
+  FASTLDM_INLINE int64_t first(int64_t block) const { return block * pixels_each; }
+  FASTLDM_INLINE int64_t count(int64_t block, int64_t pixels) const {
+    return std::min(pixels_each, pixels - block * pixels_each);
+  }
+};
+
+// How many rows of pixels make a run.
+FASTLDM_INLINE int64_t rows_of_run(int64_t channels) {
+  return std::max<int64_t>(1, kRun / channels);
+}
+
+// [count, C] elements of h from pixel `first` on.
+template <typename T>
+FASTLDM_INLINE const T* load_rows(const Operands<T>& from, Loader<T>& loader, int64_t b,
+                                  int64_t first, int64_t count, T* buffer) {
+  const int64_t channels = from.channels, base = (b * from.pixels + first) * channels;
+  const T* added = from.channel_add ? from.channel_add + b * channels : loader.nothing();
+  const int64_t rows = from.is_sum() ? 1 : count;
+  const T* h = nullptr;
+  for (int64_t row = 0; row < count; row += rows) {
+    const int64_t at = row * channels;
+    const T* of_rows = loader.load(base + at, rows * channels, added, buffer + at);
+    if (row == 0) h = of_rows;
+  }
+  return h;
+}
+
+// Task: a block of pixels, whose moments are taken channel by channel and merged into groups.
+template <typename T>
+struct ChannelsLastMoments {
+  Operands<T> from;
+  Blocks blocks;
+  Moments* moments;  // [B, blocks, groups]
+
+  template <bool kFused>
+  FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
+    const int64_t channels = from.channels, depth = from.group_channels();
+    Loader<T> loader(from, rows_of_run(channels) * channels);
+    std::vector<T> buffer(from.is_plain() ? 0 : blocks.pixels_each * channels);
+    std::vector<T> centre(channels), sums(channels), squares(channels);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks.per_sample, block = task % blocks.per_sample;
+      const int64_t count = blocks.count(block, from.pixels);
+      const T* h = load_rows(from, loader, b, blocks.first(block), count, buffer.data());
+      std::fill(sums.begin(), sums.end(), T(0));
+      std::fill(squares.begin(), squares.end(), T(0));
+      add_columns(h, count, channels, sums.data());
+      for (int64_t c = 0; c < channels; ++c) {
+        centre[c] = sums[c] / static_cast<T>(count);
+        sums[c] = 0;
+      }
+      add_column_deviations(h, count, channels, centre.data(), sums.data(), squares.data());
+      // The distance of each mean from its centre, and the squares about the mean.
+      for (int64_t c = 0; c < channels; ++c) {
+        const T shift = sums[c] / static_cast<T>(count), spread = squares[c] - sums[c] * shift;
+        sums[c] = shift;
+        squares[c] = spread < T(0) ? T(0) : spread;
+      }
+      for (int64_t g = 0; g < from.groups; ++g) {
+        moments[task * from.groups + g] =
+            of_group(centre.data() + g * depth, sums.data() + g * depth, squares.data() + g * depth,
+                     depth, static_cast<double>(count));
+      }
+    }
+  }
+
+  // Sets of equal size: their mean is the mean of the means.
+  static FASTLDM_INLINE Moments of_group(const T* centre, const T* shift, const T* spread,
+                                         int64_t depth, double count) {
+    double mean = 0, within = 0, between = 0;
+    for (int64_t c = 0; c < depth; ++c) {
+      mean += static_cast<double>(centre[c]) + shift[c];
+      within += spread[c];
+    }
+    mean /= static_cast<double>(depth);
+    for (int64_t c = 0; c < depth; ++c) {
+      const double distance = (centre[c] - mean) + shift[c];
+      between += distance * distance;
+    }
+    return {count * static_cast<double>(depth), mean, within + count * between};
+  }
+};
+
+// Task: a block of pixels. Each thread merges the moments of the samples that it meets.
+template <typename T>
+struct ChannelsLastForward {
+  Operands<T> from;
+  Blocks blocks;
+  const Moments* moments;
+  Target y;
+  T *mean, *rstd;  // written by the task of a sample's first block
+
+  template <bool kFused>
+  FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
+    const int64_t channels = from.channels, rows = rows_of_run(channels);
+    Loader<T> loader(from, rows * channels);
+    std::vector<T> buffer(from.is_plain() ? 0 : rows * channels);
+    std::vector<T> rounded(is_stored_as<T>(y.type) ? 0 : rows * channels);
+    std::vector<T> centre(channels), factor(channels), offset(channels);
+    const ExpLimits<T> limits;
+    int64_t prepared = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks.per_sample, block = task % blocks.per_sample;
+      if (b != prepared) prepare(b, block == 0, centre.data(), factor.data(), offset.data());
+      prepared = b;
+      const int64_t last = blocks.first(block) + blocks.count(block, from.pixels);
+      for (int64_t first = blocks.first(block), count; first < last; first += count) {
+        count = std::min(rows, last - first);
+        const int64_t base = (b * from.pixels + first) * channels;
+        const T* h = load_rows(from, loader, b, first, count, buffer.data());
+        T* to = room(y, base, rounded.data());
+        for (int64_t at = 0; at < count * channels; at += channels) {
+          normalise<kFused, T, const T*>(h + at, centre.data(), factor.data(), offset.data(),
+                                         from.silu, limits, channels, to + at);
+        }
+        flush(to, y, base, count * channels);
+      }
+    }
+  }
+
+  FASTLDM_INLINE void prepare(int64_t b, bool keep, T* centre, T* factor, T* offset) const {
+    const int64_t depth = from.group_channels();
+    for (int64_t g = 0; g < from.groups; ++g) {
+      Moments all;
+      for (int64_t block = 0; block < blocks.per_sample; ++block) {
+        all.add(moments[(b * blocks.per_sample + block) * from.groups + g]);
+      }
+      const double inverse = 1 / std::sqrt(all.squares / all.count + from.eps);
+      if (keep) {
+        mean[b * from.groups + g] = static_cast<T>(all.mean);
+        rstd[b * from.groups + g] = static_cast<T>(inverse);
+      }
+      for (int64_t c = g * depth; c < (g + 1) * depth; ++c) {
+        const Affine<T> with(all.mean, inverse, from.gain(b, c), from.offset(b, c));
+        centre[c] = with.centre;
+        factor[c] = with.factor;
+        offset[c] = with.offset;
+      }
+    }
+  }
+};
+
+}  // namespace fastldm::norm

@@ -1,0 +1,158 @@
+// Sums in one order on every instruction set, which is that of the lanes of 32-byte vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "fastldm/inline.h"
+
+namespace fastldm {
+
+template <typename T>
+struct Lanes {
+  static constexpr int kCount = 32 / sizeof(T);
+  typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+
+  static FASTLDM_INLINE Vector load(const T* values) {
+    return *reinterpret_cast<const Vector*>(values);
+  }
+
+  static FASTLDM_INLINE T sum(Vector v) {
+    if constexpr (kCount == 8) {
+      return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    } else {
+      return (v[0] + v[2]) + (v[1] + v[3]);
+    }
+  }
+};
+
+template <typename T>
+FASTLDM_INLINE T sum(const T* values, int64_t count) {
+  constexpr int kLanes = Lanes<T>::kCount;
+  typename Lanes<T>::Vector s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    s0 += Lanes<T>::load(values + i);
+    s1 += Lanes<T>::load(values + i + kLanes);
+    s2 += Lanes<T>::load(values + i + 2 * kLanes);
+    s3 += Lanes<T>::load(values + i + 3 * kLanes);
+  }
+  for (; i + kLanes <= count; i += kLanes) s0 += Lanes<T>::load(values + i);
+  T rest = 0;
+  for (; i < count; ++i) rest += values[i];
+  return Lanes<T>::sum((s0 + s1) + (s2 + s3)) + rest;
+}
+
+// The sums of v - centre and of its square.
+template <typename T>
+FASTLDM_INLINE void sum_deviations(const T* values, int64_t count, T centre, T& sum, T& squares) {
+  using Vector = typename Lanes<T>::Vector;
+  constexpr int kLanes = Lanes<T>::kCount;
+  Vector s0 = {}, s1 = {}, q0 = {}, q1 = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    const Vector d0 = Lanes<T>::load(values + i) - centre;
+    const Vector d1 = Lanes<T>::load(values + i + kLanes) - centre;
+    s0 += d0;
+    s1 += d1;
+    q0 += d0 * d0;
+    q1 += d1 * d1;
+  }
+  T rest = 0, rest_of_squares = 0;
+  for (; i < count; ++i) {
+    const T d = values[i] - centre;
+    rest += d;
+    rest_of_squares += d * d;
+  }
+  sum = Lanes<T>::sum(s0 + s1) + rest;
+  squares = Lanes<T>::sum(q0 + q1) + rest_of_squares;
+}
+
+// The sum of the products a b.
+template <typename T>
+FASTLDM_INLINE T sum_products(const T* a, const T* b, int64_t count) {
+  constexpr int kLanes = Lanes<T>::kCount;
+  typename Lanes<T>::Vector q0 = {}, q1 = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
+    q0 += Lanes<T>::load(a + i) * Lanes<T>::load(b + i);
+    q1 += Lanes<T>::load(a + i + kLanes) * Lanes<T>::load(b + i + kLanes);
+  }
+  T rest = 0;
+  for (; i < count; ++i) rest += a[i] * b[i];
+  return Lanes<T>::sum(q0 + q1) + rest;
+}
+
+// The same for each column of [rows, width], added to what is there; four rows at a time, so that
+// the sums are read and written once in four rows.
+template <typename T>
+FASTLDM_INLINE void add_columns(const T* __restrict__ values, int64_t rows, int64_t width,
+                                T* __restrict__ sums) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4, values += 4 * width) {
+    for (int64_t c = 0; c < width; ++c) {
+      sums[c] += (values[c] + values[width + c]) + (values[2 * width + c] + values[3 * width + c]);
+    }
+  }
+  for (; row < rows; ++row, values += width) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += values[c];
+  }
+}
+
+template <typename T>
+FASTLDM_INLINE void add_column_deviations(const T* __restrict__ values, int64_t rows, int64_t width,
+                                          const T* __restrict__ centres, T* __restrict__ sums,
+                                          T* __restrict__ squares) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4, values += 4 * width) {
+    for (int64_t c = 0; c < width; ++c) {
+      const T d0 = values[c] - centres[c], d1 = values[width + c] - centres[c];
+      const T d2 = values[2 * width + c] - centres[c], d3 = values[3 * width + c] - centres[c];
+      sums[c] += (d0 + d1) + (d2 + d3);
+      squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
+    }
+  }
+  for (; row < rows; ++row, values += width) {
+    for (int64_t c = 0; c < width; ++c) {
+      const T d = values[c] - centres[c];
+      sums[c] += d;
+      squares[c] += d * d;
+    }
+  }
+}
+
+template <typename T>
+FASTLDM_INLINE void add_column_products(const T* __restrict__ a, const T* __restrict__ b,
+                                        int64_t rows, int64_t width, T* __restrict__ sums) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4, a += 4 * width, b += 4 * width) {
+    for (int64_t c = 0; c < width; ++c) {
+      sums[c] += (a[c] * b[c] + a[width + c] * b[width + c]) +
+                 (a[2 * width + c] * b[2 * width + c] + a[3 * width + c] * b[3 * width + c]);
+    }
+  }
+  for (; row < rows; ++row, a += width, b += width) {
+    for (int64_t c = 0; c < width; ++c) sums[c] += a[c] * b[c];
+  }
+}
+
+// Mean and sum of squared deviations of a set, and those of the union of two sets
+// (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979).
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  // A set of `count` numbers from the sums about a centre that is near their mean.
+  static FASTLDM_INLINE Moments about(double centre, double count, double sum, double squares) {
+    const double shift = sum / count, spread = squares - sum * shift;
+    // Not std::max, which would turn NaN into 0.
+    return {count, centre + shift, spread < 0 ? 0 : spread};
+  }
+
+  FASTLDM_INLINE void add(const Moments& other) {
+    const double total = count + other.count, distance = other.mean - mean;
+    mean += distance * (other.count / total);
+    squares += other.squares + distance * distance * (count * other.count / total);
+    count = total;
+  }
+};
+
+}  // namespace fastldm

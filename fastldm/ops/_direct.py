@@ -1,0 +1,34 @@
+"""Whether a kernel may be called past torch's dispatcher, which costs more than a small one takes.
+
+The dispatcher is there for those who listen: autograd, tracers, fake tensors, function transforms,
+modes and subclasses. Where none of them does, a call of the kernel itself has the same result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_ALWAYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+# What a thread includes in every dispatch where nothing listens, in inference mode and outside.
+_QUIET = frozenset(
+    {_ALWAYS.raw_repr(), _ALWAYS.add(torch._C.DispatchKey.ADInplaceOrView).raw_repr()}
+)
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def may_call_kernel(*operands: Tensor | None) -> bool:
+    """Whether nothing listens to operations on these tensors; never while a graph is traced."""
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._dispatch_tls_local_include_set().raw_repr() not in _QUIET:
+        return False
+    if forward_ad._current_level >= 0:
+        return False
+    records = torch.is_grad_enabled()
+    return not any(
+        type(value) not in _PLAIN or (records and value.requires_grad)
+        for value in operands
+        if value is not None
+    )

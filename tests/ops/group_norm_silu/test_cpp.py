@@ -1,0 +1,178 @@
+"""The C++ kernels of group_norm_silu: bits, memory, extreme values and instruction sets."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastldm import ops
+from fastldm.ops import _extension, group_norm_silu
+
+pytestmark = pytest.mark.skipif(_extension.problem() is not None, reason=str(_extension.problem()))
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LAYOUTS = ["contiguous", "channels_last"]
+# A channel shorter than a run, longer, and no multiple of a register; few and many channels.
+SHAPES = [(2, 24, 5, 3), (1, 8, 51, 47), (3, 96, 16, 16), (2, 1280, 3, 3), (2, 6, 1, 1)]
+
+
+@pytest.fixture(autouse=True)
+def _served_by_cpp() -> Iterator[None]:
+    with ops.backend("cpp"):
+        yield
+
+
+def _results(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, laid_out: Any
+) -> list[Tensor]:
+    """Output and every gradient, with every option."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(size: tuple[int, ...]) -> Tensor:
+        return torch.randn(size, generator=generator).to(dtype)
+
+    x, residual, upstream = (laid_out(draw(shape), layout) for _ in range(3))
+    weight, bias = draw(shape[1:2]), draw(shape[1:2])
+    add, scale, shift = (draw(shape[:2]) for _ in range(3))
+    leaves = [t.requires_grad_() for t in (x, weight, bias, add, residual, scale, shift)]
+    y = group_norm_silu(
+        x, 2, weight, bias, channel_add=add, residual=residual, scale=scale, shift=shift
+    )
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_same_bits_for_any_number_of_threads(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, laid_out: Any
+) -> None:
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 4):
+            torch.set_num_threads(threads)
+            runs.append(_results(shape, layout, dtype, laid_out))
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 24, 5, 3), (1, 8, 51, 47)], ids=str)
+def test_every_element_is_written_and_none_beside(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, laid_out: Any, padded_memory: Any
+) -> None:
+    expected = _results(shape, layout, dtype, laid_out)
+    with padded_memory() as memory:
+        found = _results(shape, layout, dtype, laid_out)
+    assert memory.tensors > len(found)
+    memory.assert_untouched()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def _silu_of(p: Tensor, layout: str, laid_out: Any) -> Tensor:
+    """silu(p) through the bias of a channel each; a weight of 0 silences the norm."""
+    channels = p.numel()
+    x = laid_out(torch.randn(1, channels, 1, 17).to(p.dtype), layout)
+    y = group_norm_silu(x, 1, torch.zeros_like(p), p)
+    assert torch.equal(y, y[..., :1].expand_as(y)) or y.isnan().any()
+    return y[0, :, 0, 0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_silu_to_two_ulp(layout: str, laid_out: Any) -> None:
+    p = torch.cat([torch.linspace(-20, 20, 20001), torch.logspace(-30, 1, 4000)])
+    found = _silu_of(p, layout, laid_out).double()
+    exact = p.double() * p.double().sigmoid()
+    error = (found - exact).abs() / (exact.abs() * torch.finfo(torch.float32).eps)
+    assert error[exact != 0].max() <= 2
+
+
+def test_silu_to_three_ulp_in_float64(laid_out: Any) -> None:
+    p = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    found = _silu_of(p, "contiguous", laid_out)
+    torch.testing.assert_close(found, p * p.sigmoid(), rtol=7e-16, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_silu_of_extreme_values_is_that_of_torch(
+    dtype: torch.dtype, layout: str, laid_out: Any
+) -> None:
+    largest = torch.finfo(dtype).max
+    p = torch.tensor(
+        [0.0, -0.0, -80, -87, -89, -95, -104, 86, 88, 90, 200, -200, -700, -720, 720, largest,
+         -largest, torch.inf, -torch.inf, torch.nan], dtype=dtype,
+    )  # fmt: skip
+    expected = torch.nn.functional.silu(p)
+    torch.testing.assert_close(
+        _silu_of(p, layout, laid_out), expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-30,
+        equal_nan=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_constant_input_is_normalised_to_zero(layout: str, laid_out: Any) -> None:
+    x = laid_out(torch.full((2, 8, 9, 7), 0.1), layout)
+    bias = torch.randn(8)
+    assert torch.equal(group_norm_silu(x, 2, activation=None), torch.zeros_like(x))
+    y = group_norm_silu(x, 2, None, bias, activation=None)
+    assert torch.equal(y, bias.reshape(1, 8, 1, 1).expand_as(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("ratio", [100.0, 4000.0])
+def test_the_mean_is_not_rounded(layout: str, ratio: float, laid_out: Any) -> None:
+    """Closer than torch's own norm, whose mean is a float32."""
+    x = laid_out(torch.randn(2, 32, 16, 16) + ratio, layout)
+    exact = torch.nn.functional.group_norm(x.double(), 8)
+    assert (group_norm_silu(x, 8, activation=None) - exact).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("position", [0, 1000, -1])
+def test_one_outlier(layout: str, position: int, laid_out: Any) -> None:
+    """A shift taken from a single element would lose the deviation of the others."""
+    x = torch.randn(1, 4, 40, 40)
+    x.view(-1)[position] = 3e4
+    exact = torch.nn.functional.group_norm(x.double(), 1)
+    found = group_norm_silu(laid_out(x, layout), 1, activation=None).double()
+    torch.testing.assert_close(found, exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_other_instruction_sets(capability: str) -> None:
+    """In a process of its own, because the choice is made once."""
+    code = """
+import torch
+from fastldm import ops
+torch.manual_seed(0)
+for layout in (torch.contiguous_format, torch.channels_last):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        x = torch.randn(2, 24, 9, 7).to(dtype).contiguous(memory_format=layout).requires_grad_()
+        weight = torch.randn(24).to(dtype).requires_grad_()
+        upstream = torch.randn(2, 24, 9, 7).to(dtype)
+        results = []
+        for name in ("cpp", "reference"):
+            with ops.backend(name):
+                y = ops.group_norm_silu(x, 4, weight, residual=x)
+            results.append([y, *torch.autograd.grad(y, (x, weight), upstream)])
+        for got, want in zip(*results):
+            torch.testing.assert_close(got, want)
+print(torch.backends.cpu.get_cpu_capability())
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip().lower() in (capability, "no avx")
