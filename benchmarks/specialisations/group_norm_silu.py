@@ -31,7 +31,11 @@ def cases() -> Iterator[Case]:
     yield _forward((2, 1920, 32, 32), fp16, True, (*AFFINE, "channel_add"))
     for channels in (960, 1280, 2560):
         yield _forward((2, channels, 8, 8), fp16, True, (*AFFINE, "channel_add"))
+    # The largest tiles that are read once, with one group and with several.
+    yield _forward((2, 1280, 16, 16), fp32, True, EVERY_OPTION)
+    yield _forward((2, 320, 16, 16), fp16, True, AFFINE)
     yield _backward((2, 960, 8, 8), fp16, True, (*AFFINE, "channel_add"))
+    yield _backward((2, 2560, 8, 8), fp32, True, EVERY_OPTION)
     yield _forward((2, 320, 64, 64), fp16, False, AFFINE)
     yield _backward((2, 320, 64, 64), fp16, False, AFFINE)
     yield _forward((2, 1280, 8, 8), fp16, False, AFFINE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import os
 from typing import Any
@@ -16,11 +17,16 @@ LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 
 def problem() -> str | None:
     """Why Triton kernels cannot run on CUDA tensors here; None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed():
         return "triton is not installed; install it with: pip install triton"
     if interprets():
         return "TRITON_INTERPRET is set, and the interpreter serves CPU tensors"
     return None
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def interprets() -> bool:
@@ -34,3 +40,11 @@ def interprets() -> bool:
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch on the device of `x`, where Triton would take the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def device_key(device: torch.device) -> str:
+    """The name of a device in tables of what was measured."""
+    if device.type != "cuda":
+        return "default"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import threading
 from collections.abc import Iterator
@@ -103,9 +102,9 @@ def test_triton_serves_the_cpu_in_its_interpreter_alone_and_by_name_alone(
 
 def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_triton, "interprets", lambda: False)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_triton, "_is_installed", lambda: False)
     assert str(_triton.problem()).startswith("triton is not installed")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(_triton, "_is_installed", lambda: True)
     assert _triton.problem() is None
     monkeypatch.setattr(_triton, "interprets", lambda: True)
     assert "TRITON_INTERPRET is set" in str(_triton.problem())

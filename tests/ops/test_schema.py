@@ -67,14 +67,16 @@ def _lookup_cases() -> list[Case]:
 CASES = [*_norm_cases(), *_attention_cases(), *_lookup_cases()]
 # Which operator has a kernel where; the reference has all.
 CPP_OPERATORS = ("group_norm_silu", "vector_quantize")
+TRITON_OPERATORS = ("group_norm_silu",)
 
 
 @pytest.mark.parametrize(
     ("index", "name"),
     [(index, "reference") for index in range(len(CASES))]
-    + [(index, "cpp") for index, case in enumerate(CASES) if case[0] in CPP_OPERATORS],
+    + [(index, "cpp") for index, case in enumerate(CASES) if case[0] in CPP_OPERATORS]
+    + [(index, "triton") for index, case in enumerate(CASES) if case[0] in TRITON_OPERATORS],
 )
-def test_opcheck(index: int, name: str) -> None:
+def test_opcheck(index: int, name: str, triton_device: str) -> None:
     op_name, direction, arguments = CASES[index]
     problem = _extension.problem() if name == "cpp" else None
     if problem is not None:

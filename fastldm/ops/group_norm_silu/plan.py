@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
 
-import torch
-
 _NARROWEST = 32  # of a tile, in neighbouring elements: 64 bytes of half precision
 _VECTOR_BYTES = 16
 
@@ -59,6 +57,7 @@ class Sizes:
         return self.channels // self.num_groups
 
 
+@functools.lru_cache(1024)
 def whole(kernel: str, device: str, sizes: Sizes) -> Whole | None:
     """Tiles for the kernel that takes groups whole; None where a group does not fit."""
     config = _configs(device)[kernel]
@@ -72,6 +71,7 @@ def whole(kernel: str, device: str, sizes: Sizes) -> Whole | None:
     return Whole(groups, block_p, block_c, num_warps)
 
 
+@functools.lru_cache(1024)
 def split(kernel: str, device: str, sizes: Sizes) -> Split:
     """Tiles for a kernel that goes over the pixels."""
     config = _configs(device)[kernel]
@@ -97,14 +97,6 @@ def combining(sizes: Sizes, cut: Split) -> tuple[int, int]:
     """Pieces and channels of the tiles in which the pieces' sums are joined."""
     block_c = power_of_two(sizes.group_channels)
     return max(1, min(power_of_two(cut.splits), 1024 // block_c)), block_c
-
-
-def device_key(device: torch.device) -> str:
-    """The device's entry in plan.json."""
-    if device.type != "cuda":
-        return "default"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
 
 
 @functools.cache

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastldm.ops._layout import empty_like
-from fastldm.ops._triton import LAUNCH_OPTIONS, on_device_of
+from fastldm.ops._triton import LAUNCH_OPTIONS, device_key, on_device_of
 from fastldm.ops.group_norm_silu import plan
 from fastldm.ops.group_norm_silu.triton_tiles import (
     beside,
@@ -97,11 +97,13 @@ def _group_norm_silu_bwd_kernel(
     )
     add = channel_values(add_ptr, b * add_stride_b + c, in_c, 0.0)
     x_at = pointers(x_ptr, b, p, c, x_stride_b, x_stride_p, x_stride_c)
-    residual_at = pointers(
-        residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
-    )
+    residual_at = x_at
+    if residual_ptr is not None:
+        residual_at = pointers(
+            residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
+        )
     grad_at = pointers(grad_ptr, b, p, c, grad_stride_b, grad_stride_p, grad_stride_c)
-    h = load_input(x_at, residual_at, add, mask)
+    h = load_input(x_at, residual_at, add, mask, residual_ptr is not None)
     x_hat = tl.where(mask, (h - mean[None, :]) * rstd[None, :], 0.0)
     dp = _gradient_before_activation(grad_at, x_hat, gain, offset, mask, SILU)
     sum_dp = tl.sum(dp, 0)
@@ -147,9 +149,11 @@ def _group_norm_silu_bwd_sums_kernel(
     )
     add = channel_values(add_ptr, b * add_stride_b + c, in_c, 0.0)
     x_at = pointers(x_ptr, b, p, c, x_stride_b, x_stride_p, x_stride_c)
-    residual_at = pointers(
-        residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
-    )
+    residual_at = x_at
+    if residual_ptr is not None:
+        residual_at = pointers(
+            residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
+        )
     grad_at = pointers(grad_ptr, b, p, c, grad_stride_b, grad_stride_p, grad_stride_c)
     sum_dp = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     sum_dp_x = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -161,6 +165,7 @@ def _group_norm_silu_bwd_sums_kernel(
             pixels_on(residual_at, start, residual_stride_p),
             add,
             mask,
+            residual_ptr is not None,
         )
         x_hat = tl.where(mask, (h - mean[None, :]) * rstd[None, :], 0.0)
         dp = _gradient_before_activation(
@@ -244,9 +249,11 @@ def _group_norm_silu_bwd_apply_kernel(
     )
     add = channel_values(add_ptr, b * add_stride_b + c, in_c, 0.0)
     x_at = pointers(x_ptr, b, p, c, x_stride_b, x_stride_p, x_stride_c)
-    residual_at = pointers(
-        residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
-    )
+    residual_at = x_at
+    if residual_ptr is not None:
+        residual_at = pointers(
+            residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
+        )
     grad_at = pointers(grad_ptr, b, p, c, grad_stride_b, grad_stride_p, grad_stride_c)
     dx_at = pointers(dx_ptr, b, p, c, dx_stride_b, dx_stride_p, dx_stride_c)
     for start in range(0, span, BLOCK_P):
@@ -256,6 +263,7 @@ def _group_norm_silu_bwd_apply_kernel(
             pixels_on(residual_at, start, residual_stride_p),
             add,
             mask,
+            residual_ptr is not None,
         )
         x_hat = (h - mean[None, :]) * rstd[None, :]
         dp = _gradient_before_activation(
@@ -312,7 +320,7 @@ def group_norm_silu_bwd(
         value.new_empty(value.shape) if value is not None and want else None
         for value, want in zip((weight, bias, channel_add, scale, shift), wanted[1:], strict=True)
     )
-    sizes, device = sizes_of(x, num_groups), plan.device_key(x.device)
+    sizes, device = sizes_of(x, num_groups), device_key(x.device)
     x = evenly_spaced(x)
     grad_y = beside(grad_y, x)
     residual = None if residual is None else beside(residual, x)

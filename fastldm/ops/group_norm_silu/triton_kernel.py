@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastldm.ops._layout import empty_like
-from fastldm.ops._triton import LAUNCH_OPTIONS, on_device_of
+from fastldm.ops._triton import LAUNCH_OPTIONS, device_key, on_device_of
 from fastldm.ops.group_norm_silu import plan
 from fastldm.ops.group_norm_silu.triton_backward import group_norm_silu_bwd
 from fastldm.ops.group_norm_silu.triton_tiles import (
@@ -73,10 +73,12 @@ def _group_norm_silu_fwd_kernel(
     group = lane_c // GROUP_CHANNELS
     add = channel_values(add_ptr, b * add_stride_b + c, in_c, 0.0)
     x_at = pointers(x_ptr, b, p, c, x_stride_b, x_stride_p, x_stride_c)
-    residual_at = pointers(
-        residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
-    )
-    h = load_input(x_at, residual_at, add, mask)
+    residual_at = x_at
+    if residual_ptr is not None:
+        residual_at = pointers(
+            residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
+        )
+    h = load_input(x_at, residual_at, add, mask, residual_ptr is not None)
     total = 1.0 * P * GROUP_CHANNELS
     mean = over_groups(tl.sum(tl.where(mask, h, 0.0), 0), group, GROUPS) / total
     d = tl.where(mask, h - mean[None, :], 0.0)
@@ -108,9 +110,11 @@ def _group_norm_silu_fwd_moments_kernel(
     p = split.to(tl.int64) * span + tl.arange(0, BLOCK_P)
     in_c = c < C
     x_at = pointers(x_ptr, b, p, c, x_stride_b, x_stride_p, x_stride_c)
-    residual_at = pointers(
-        residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
-    )
+    residual_at = x_at
+    if residual_ptr is not None:
+        residual_at = pointers(
+            residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
+        )
     zero = tl.zeros([BLOCK_C], tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -121,6 +125,7 @@ def _group_norm_silu_fwd_moments_kernel(
             pixels_on(residual_at, start, residual_stride_p),
             zero,
             mask,
+            residual_ptr is not None,
         )
         d = tl.where(mask, h - mean, 0.0)
         # Exactly 1 for the first tile, so that a constant has no variance at all.
@@ -205,9 +210,11 @@ def _group_norm_silu_fwd_apply_kernel(
     )
     gain *= rstd
     x_at = pointers(x_ptr, b, p, c, x_stride_b, x_stride_p, x_stride_c)
-    residual_at = pointers(
-        residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
-    )
+    residual_at = x_at
+    if residual_ptr is not None:
+        residual_at = pointers(
+            residual_ptr, b, p, c, residual_stride_b, residual_stride_p, residual_stride_c
+        )
     y_at = pointers(y_ptr, b, p, c, y_stride_b, y_stride_p, y_stride_c)
     for start in range(0, span, BLOCK_P):
         mask = (p + start < P)[:, None] & in_c[None, :]
@@ -216,6 +223,7 @@ def _group_norm_silu_fwd_apply_kernel(
             pixels_on(residual_at, start, residual_stride_p),
             add,
             mask,
+            residual_ptr is not None,
         )
         y = _activate((h - mean[None, :]) * gain[None, :] + offset[None, :], SILU)
         tl.store(pixels_on(y_at, start, y_stride_p), y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -235,10 +243,11 @@ def group_norm_silu_fwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the layout of x; μ and 1/√(σ² + eps), [B, num_groups]."""
     y = empty_like(x)
-    mean, rstd = x.new_empty((2, x.shape[0], num_groups), dtype=torch.float32)
+    mean = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
+    rstd = x.new_empty((x.shape[0], num_groups), dtype=torch.float32)
     if not x.numel():
         return y, mean, rstd
-    sizes, device = sizes_of(x, num_groups), plan.device_key(x.device)
+    sizes, device = sizes_of(x, num_groups), device_key(x.device)
     x = evenly_spaced(x)
     residual = None if residual is None else beside(residual, x)
     weight, bias = (v if v is None else v.contiguous() for v in (weight, bias))

@@ -33,18 +33,13 @@ def piece(index, blocks_c, splits, CHANNELS_INNER: tl.constexpr):
 @triton.jit
 def pointers(ptr, b, p, c, stride_b, stride_p, stride_c):
     """Of the tile [p, c] of sample b; b, p and c are int64, so that no product overflows."""
-    at = ptr
-    if ptr is not None:
-        at = ptr + b * stride_b + p[:, None] * stride_p + c[None, :] * stride_c
-    return at
+    return ptr + b * stride_b + p[:, None] * stride_p + c[None, :] * stride_c
 
 
 @triton.jit
 def pixels_on(at, count, stride_p):
     """The tile that begins `count` pixels further on."""
-    if at is not None:
-        at += tl.cast(count, tl.int64) * stride_p
-    return at
+    return at + tl.cast(count, tl.int64) * stride_p
 
 
 @triton.jit
@@ -68,10 +63,10 @@ def gain_and_offset(
 
 
 @triton.jit
-def load_input(x_at, residual_at, add, mask):
+def load_input(x_at, residual_at, add, mask, HAS_RESIDUAL: tl.constexpr):
     """h = x + channel_add + residual, float32; `add` outside."""
     h = tl.load(x_at, mask=mask, other=0.0).to(tl.float32) + add[None, :]
-    if residual_at is not None:
+    if HAS_RESIDUAL:
         h += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
     return h
 

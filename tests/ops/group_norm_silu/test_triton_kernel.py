@@ -31,6 +31,7 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "in pieces":
         small = {"elements": 128, "block_c": 16, "work": 256, "programs": 1, "num_warps": 1}
         monkeypatch.setattr(plan, "_configs", lambda device: _Everywhere(small))
+        monkeypatch.setattr(plan, "split", plan.split.__wrapped__)
         monkeypatch.setattr(plan, "whole", lambda *_: None)
     return str(request.param)
 
@@ -257,6 +258,7 @@ def test_constant_input(
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_nonfinite_values_stay_in_their_group(
@@ -311,6 +313,20 @@ def test_some_gradients_only(tiling: str, triton_device: str) -> None:
         y = _fused({**operands, name: leaf}, 2, "silu")
         (alone,) = torch.autograd.grad(y, leaf, upstream)
         assert torch.equal(alone, gradient), name
+
+
+def test_second_derivatives(triton_device: str) -> None:
+    operands = _operands((1, 4, 3, 2), EVERY_OPTION, torch.float32, triton_device)
+
+    def second(function: Callable[..., Tensor], values: Operands) -> list[Tensor]:
+        leaves = {name: value.detach().requires_grad_() for name, value in values.items()}
+        y = function(leaves, 2, "silu")
+        first = torch.autograd.grad(y.square().sum(), leaves["x"], create_graph=True)[0]
+        return list(torch.autograd.grad(first.square().sum(), list(leaves.values())))
+
+    exact = second(_plain, {name: value.double() for name, value in operands.items()})
+    for actual, truth in zip(second(_fused, operands), exact, strict=True):
+        torch.testing.assert_close(actual.double(), truth, rtol=1e-4, atol=1e-4)
 
 
 def test_mixed_dtypes(triton_device: str) -> None:
