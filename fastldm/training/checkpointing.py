@@ -133,6 +133,11 @@ class CheckpointReader:
             CheckpointError: the file is damaged or of another architecture.
         """
         path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            raise CheckpointError(
+                f"{self.folder}: its run had no {name} and this one has; resume with the "
+                f"configuration of that run, which is in {self.folder / _STATE}"
+            )
         weights = load_weights(path)
         check_state_dict(weights, module.state_dict(), str(path))
         module.load_state_dict(weights)

@@ -271,6 +271,9 @@ class _Run:
 
     def _resume(self, checkpoint: Path) -> None:
         reader = self._read(checkpoint)
+        writer, own = reader.state["trainer"], type(self.trainer).__name__
+        if writer != own:
+            raise CheckpointError(f"{checkpoint}: written by {writer}, cannot be resumed by {own}")
         self.trainer.load(reader)
         state = reader.state
         self.trainer.batches.restart(state["epoch"], state["batch"])

@@ -276,6 +276,13 @@ def test_the_weights_before_a_nan_never_replace_the_last_good_checkpoint(
     assert [path.name for path in list_checkpoints(config.output_dir)] == ["checkpoint-9"]
 
 
+def test_a_part_that_the_checkpoint_lacks_is_named(autoencoder_config: Make) -> None:
+    config = autoencoder_config(max_steps=1, loss=ADVERSARIAL)
+    train_autoencoder(replace(config, loss=replace(ADVERSARIAL, discriminator_weight=0.0)))
+    with pytest.raises(CheckpointError, match=r"checkpoint-1: its run had no discriminator and"):
+        train_autoencoder(replace(config, max_steps=2, resume="latest"))
+
+
 def test_a_damaged_checkpoint_names_the_one_before(autoencoder_config: Make) -> None:
     config = autoencoder_config(max_steps=2, checkpoint_every=1)
     train_autoencoder(config)

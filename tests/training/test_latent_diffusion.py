@@ -176,6 +176,18 @@ def test_a_stale_cache_is_refused(
         train_latent_diffusion(replace(config, data=data(holdout_fraction=0.5), overwrite=True))
 
 
+def test_a_checkpoint_of_the_other_stage_is_refused(
+    diffusion_config: Make, autoencoder_config: Callable[..., Any]
+) -> None:
+    from fastldm.training import train_autoencoder
+
+    first = autoencoder_config(max_steps=1)
+    train_autoencoder(first)
+    second = diffusion_config(resume=f"{first.output_dir}/checkpoint-1")
+    with pytest.raises(CheckpointError, match=r"by AutoencoderTrainer, cannot be resumed by Lat"):
+        train_latent_diffusion(second)
+
+
 def test_augmentation_that_a_cache_does_not_hold_is_named(
     diffusion_config: Make, tmp_path: Path, data: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
