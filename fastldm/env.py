@@ -76,7 +76,9 @@ def report() -> str:
     for name, by_device in found["operators"].items():
         for device, service in by_device.items():
             lines.append(f"  {name} on {device}: {service['served_by']}")
-            lines += [f"    not {other}: {why}" for other, why in service["reasons"].items()]
+            for other, why in service["reasons"].items():
+                known = why == extension["problem"]
+                lines.append(f"    not {other}: {'no extension, see above' if known else why}")
     return "\n".join(lines)
 
 
