@@ -13,6 +13,10 @@ from torch import Tensor
 from fastldm import ops
 from fastldm.ops.group_norm_silu import plan
 
+pytest.importorskip("triton")
+
+from fastldm.ops.group_norm_silu.triton_tiles import pixel_strides
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "channels_last sliced"]
 AFFINE = ("weight", "bias")
@@ -178,7 +182,7 @@ def test_channels_in_tiles_that_end_inside_groups(
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((2, 6, 1, 1), 3), ((3, 6), 3), ((2, 6), 6), ((2, 6, 7), 2), ((1, 8, 2, 3, 2), 4),
-     ((1, 15, 3, 3), 5), ((2, 3, 9, 9), 1), ((1, 7, 4, 4), 7)],
+     ((1, 15, 3, 3), 5), ((2, 3, 9, 9), 1), ((1, 7, 4, 4), 7), ((1, 60, 3, 3), 6)],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_shapes(
@@ -286,14 +290,16 @@ def test_half_precision_near_overflow(
 
 @pytest.mark.usefixtures("guarded_memory")
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(2, 24, 5, 3), (1, 40, 1, 1)])
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 24, 5, 3), 4), ((1, 40, 1, 1), 4), ((1, 60, 3, 3), 6)]
+)
 def test_every_element_is_written_and_nothing_else(
-    shape: tuple[int, ...], layout: str, tiling: str, laid_out: Any, triton_device: str
+    shape: tuple[int, ...], groups: int, layout: str, tiling: str, laid_out: Any, triton_device: str
 ) -> None:
     operands = _operands(shape, EVERY_OPTION, torch.float16, triton_device)
     operands["x"] = laid_out(operands["x"], layout)
     upstream = torch.randn(shape).to(triton_device)
-    for result in _with_gradients(_fused, operands, upstream, 4, "silu"):
+    for result in _with_gradients(_fused, operands, upstream, groups, "silu"):
         assert result.isfinite().all()
 
 
@@ -367,10 +373,22 @@ def test_compiled_without_a_graph_break(layout: str, laid_out: Any, triton_devic
 
 
 @pytest.mark.parametrize(
-    "stride", [(2**31, 20, 5, 1), (16, 2**30, 4, 1), (16, 4, 2**31, 2**30)], ids=str
+    ("shape", "stride"),
+    [
+        ((3, 4, 2, 2), (2**30, 4, 2, 1)),
+        ((3, 4, 2, 2), (2**30, 1, 8, 4)),
+        ((1, 4, 2, 2), (16, 2**30, 2, 1)),
+        ((1, 4, 2, 2), (16, 4, 2**31, 2**30)),
+        ((1, 2, 160), (16, 4, 2**31 // 95)),
+    ],
+    ids=str,
 )
 def test_offsets_beyond_32_bits(
-    stride: tuple[int, ...], tiling: str, triton_device: str, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    tiling: str,
+    triton_device: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of a tensor whose elements lie far apart; the pages between them are never touched."""
     if triton_device == "cpu":
@@ -380,11 +398,12 @@ def test_offsets_beyond_32_bits(
         monkeypatch.setattr(
             interpreter.GridExecutor, "_restore_args_dev", lambda *_: None
         )  # fmt: skip
-    shape = (2, 4, 2, 2)
+    # Most strides fit into 32 bits, the offsets do not.
     furthest = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     assert furthest >= 2**31
     x = torch.empty(furthest + 1, dtype=torch.float16, device=triton_device)
     x = x.as_strided(shape, stride).copy_(torch.randn(shape))
+    assert pixel_strides(x) is not None, "the kernel gets a dense copy"
     dense = x.clone(memory_format=torch.contiguous_format)
     upstream = torch.randn(shape).to(triton_device, torch.float16)
     found = _with_gradients(_fused, {"x": x}, upstream, 2, "silu")
