@@ -141,11 +141,10 @@ void backward(const Call& call, const Tensor& grad_y, const Tensor& mean, const 
     const int64_t elements = blocks.pixels_each * from.channels;
     std::vector<T> parts(tasks * 3 * from.channels);
     run_tasks(tasks, elements,
-              norm::ChannelsLastSums<T>{from, blocks, parts.data(), with_sum_of_n});
-    const int64_t of_sample = blocks.per_sample * from.channels;
-    for_each_range(from.batch, of_sample, [&](int64_t begin, int64_t end) {
+              norm::ChannelsLastSums<T>{from, blocks, target(grad_x), parts.data(), with_sum_of_n});
+    for_each_range(from.batch, blocks.per_sample * from.channels, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        norm::merge_blocks(parts.data() + b * 3 * of_sample, blocks.per_sample, from.channels,
+        norm::merge_blocks(from, parts.data(), blocks.per_sample, b,
                            sums.data() + b * from.channels);
       }
     });

@@ -5,7 +5,8 @@
 //     dh = rstd (gain g - (sum gain G + n sum gain N)/m)
 // and its sum over a channel's pixels is that of channel_add. The other gradients are
 //     dshift = G   dscale = weight N + bias G   dweight, dbias = sum over b of (1 + scale) N, G.
-// g and n are computed twice rather than kept.
+// Between the two passes g waits in the place of dh where it is not rounded there, and otherwise is
+// computed again.
 #pragma once
 
 #include <algorithm>
@@ -45,35 +46,35 @@ struct GroupSums {
   }
 };
 
-// g and n of `count` elements.
+// g of `count` elements; factor is rstd gain.
 template <bool kFused, typename T, typename Values>
 FASTLDM_INLINE void upstream(const T* __restrict__ h, const T* __restrict__ grad_y, Values mean,
-                             Values rstd, Values gain, Values offset, bool with_silu,
-                             const ExpLimits<T>& limits, int64_t count, T* __restrict__ g,
-                             T* __restrict__ n) {
+                             Values factor, Values offset, bool with_silu,
+                             const ExpLimits<T>& limits, int64_t count, T* __restrict__ g) {
   if (with_silu) {
     for (int64_t i = 0; i < count; ++i) {
-      const T normal = (h[i] - mean[i]) * rstd[i];
-      n[i] = normal;
-      g[i] = grad_y[i] *
-             silu_derivative<kFused>(multiply_add<kFused>(normal, gain[i], offset[i]), limits);
+      const T p = multiply_add<kFused>(h[i] - mean[i], factor[i], offset[i]);
+      g[i] = grad_y[i] * silu_derivative<kFused>(p, limits);
     }
   } else {
-    for (int64_t i = 0; i < count; ++i) {
-      n[i] = (h[i] - mean[i]) * rstd[i];
-      g[i] = grad_y[i];
-    }
+    for (int64_t i = 0; i < count; ++i) g[i] = grad_y[i];
   }
 }
 
-// dh = g factor - (level + n slope)
+// dh = g factor - ((h - mean) slope + level), in the place of g.
 template <bool kFused, typename T, typename Values>
-FASTLDM_INLINE void downstream(const T* __restrict__ g, const T* __restrict__ n, Values factor,
-                               Values level, Values slope, int64_t count, T* __restrict__ grad_x) {
+FASTLDM_INLINE void downstream(const T* __restrict__ h, Values mean, Values factor, Values slope,
+                               Values level, int64_t count, T* __restrict__ g) {
   for (int64_t i = 0; i < count; ++i) {
-    grad_x[i] =
-        multiply_add<kFused>(g[i], factor[i], -multiply_add<kFused>(n[i], slope[i], level[i]));
+    const T from_group = multiply_add<kFused>(h[i] - mean[i], slope[i], level[i]);
+    g[i] = multiply_add<kFused>(g[i], factor[i], -from_group);
   }
+}
+
+// Whether g can wait in the place of dh.
+template <typename T>
+FASTLDM_INLINE bool keeps(const Target& grad_x) {
+  return grad_x.data && is_stored_as<T>(grad_x.type);
 }
 
 // Contiguous: a task is a group.
@@ -86,7 +87,7 @@ struct ContiguousBackward {
 
   template <bool kFused>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
-    alignas(64) T buffer[kRun], of_grad[kRun], g[kRun], n[kRun];
+    alignas(64) T buffer[kRun], of_grad[kRun], of_g[kRun];
     const ExpLimits<T> limits;
     Loader<T> loader(from, kRun);
     const int64_t depth = from.group_channels(), size = depth * from.pixels;
@@ -97,36 +98,57 @@ struct ContiguousBackward {
       T level = 0, slope = 0;
       for (const bool is_last : {false, true}) {
         if (is_last) {
+          normalise_sums(rstd, depth, sums + b * from.channels + channel);
           if (!grad_x.data) break;
           const GroupSums of_group(from, b, task % from.groups, sums + b * from.channels);
           level = static_cast<T>(rstd * of_group.g);
-          slope = static_cast<T>(rstd * of_group.gn);
+          slope = static_cast<T>(rstd * of_group.gn) * rstd;
         }
+        const bool is_kept = is_last && keeps<T>(grad_x);
         for (int64_t first = 0, count; first < size; first += count) {
           count = length_of_run(first, size, from.pixels);
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
-          const T* grad = read_upward(from.grad_y, base + first, count, of_grad);
-          // Once a piece of h has been read, its place is free.
-          T* to = is_last ? room(grad_x, base + first, buffer) : nullptr;
+          const T* grad =
+              is_kept ? nullptr : read_upward(from.grad_y, base + first, count, of_grad);
+          T* g = grad_x.data ? room(grad_x, base + first, of_g) : of_g;
           const int64_t piece = std::min(count, from.pixels);
           int64_t c = channel + first / from.pixels;
           for (int64_t i = 0; i < count; i += piece, ++c) {
-            const T gain = from.gain(b, c);
-            upstream<kFused>(h + i, grad + i, Same<T>{mean}, Same<T>{rstd}, Same<T>{gain},
-                             Same<T>{from.offset(b, c)}, from.silu, limits, piece, g, n);
-            if (is_last) {
-              downstream<kFused>(g, n, Same<T>{rstd * gain}, Same<T>{level}, Same<T>{slope}, piece,
-                                 to + i);
-              continue;
+            const T factor = rstd * from.gain(b, c);
+            if (!is_kept) {
+              upstream<kFused>(h + i, grad + i, Same<T>{mean}, Same<T>{factor},
+                               Same<T>{from.offset(b, c)}, from.silu, limits, piece, g + i);
             }
-            ChannelSums& of_channel = sums[b * from.channels + c];
-            of_channel.g += sum(g, piece);
-            of_channel.gn += sum_products(g, n, piece);
-            if (with_sum_of_n) of_channel.n += sum(n, piece);
+            if (is_last) {
+              downstream<kFused>(h + i, Same<T>{mean}, Same<T>{factor}, Same<T>{slope},
+                                 Same<T>{level}, piece, g + i);
+            } else {
+              add_sums(h + i, g + i, mean, piece, sums[b * from.channels + c]);
+            }
           }
-          if (is_last) flush(to, grad_x, base + first, count);
+          if (is_last) flush(g, grad_x, base + first, count);
         }
       }
+    }
+  }
+
+  // Of (h - mean) in place of n.
+  FASTLDM_INLINE void add_sums(const T* h, const T* g, T mean, int64_t count,
+                               ChannelSums& to) const {
+    T of_g = 0, of_products = 0;
+    sum_weighted(g, h, count, mean, of_g, of_products);
+    to.g += of_g;
+    to.gn += of_products;
+    if (!with_sum_of_n) return;
+    T of_distances = 0, of_squares = 0;
+    sum_deviations(h, count, mean, of_distances, of_squares);
+    to.n += of_distances;
+  }
+
+  static FASTLDM_INLINE void normalise_sums(T rstd, int64_t depth, ChannelSums* of_group) {
+    for (int64_t c = 0; c < depth; ++c) {
+      of_group[c].gn *= rstd;
+      of_group[c].n *= rstd;
     }
   }
 };
@@ -134,35 +156,33 @@ struct ContiguousBackward {
 // The statistics and parameters of a sample, one number a channel.
 template <typename T>
 struct ChannelRows {
-  std::vector<T> mean, rstd, gain, offset;
+  std::vector<T> mean, factor, offset;
 
-  explicit ChannelRows(int64_t channels)
-      : mean(channels), rstd(channels), gain(channels), offset(channels) {}
+  explicit ChannelRows(int64_t channels) : mean(channels), factor(channels), offset(channels) {}
 
   FASTLDM_INLINE void fill(const BackwardOperands<T>& from, int64_t b) {
     for (int64_t c = 0; c < from.channels; ++c) {
       const int64_t group = b * from.groups + c / from.group_channels();
       mean[c] = from.mean[group];
-      rstd[c] = from.rstd[group];
-      gain[c] = from.gain(b, c);
+      factor[c] = from.rstd[group] * from.gain(b, c);
       offset[c] = from.offset(b, c);
     }
   }
 };
 
-// A run of whole pixels at a time, of which g and n are made.
+// A run of whole pixels at a time: its h and its g.
 template <typename T>
 class RowWalk {
  public:
-  explicit RowWalk(const BackwardOperands<T>& operands)
+  RowWalk(const BackwardOperands<T>& operands, const Target& grad_x)
       : rows(rows_of_run(operands.channels)),
-        g(rows * operands.channels),
-        n(g.size()),
         of_channel(operands.channels),
         from_(operands),
-        loader_(operands, static_cast<int64_t>(g.size())),
-        h_(operands.is_plain() ? 0 : g.size()),
-        grad_(is_stored_as<T>(operands.grad_y.type) ? 0 : g.size()) {}
+        grad_x_(grad_x),
+        loader_(operands, rows * operands.channels),
+        h_(operands.is_plain() ? 0 : rows * operands.channels),
+        grad_(is_stored_as<T>(operands.grad_y.type) ? 0 : rows * operands.channels),
+        g_(keeps<T>(grad_x) ? 0 : rows * operands.channels) {}
 
   // Whether this is the first call for the sample.
   FASTLDM_INLINE bool enter(int64_t b) {
@@ -172,67 +192,90 @@ class RowWalk {
     return true;
   }
 
+  // Computes g, or finds it in its place where it is kept from an earlier pass.
   template <bool kFused>
-  FASTLDM_INLINE void make(int64_t b, int64_t first, int64_t count) {
-    const int64_t channels = from_.channels, base = (b * from_.pixels + first) * channels;
-    const T* h = load_rows(from_, loader_, b, first, count, h_.data());
+  FASTLDM_INLINE void make(int64_t b, int64_t first, int64_t count, bool is_kept) {
+    const int64_t channels = from_.channels;
+    base = (b * from_.pixels + first) * channels;
+    h = load_rows(from_, loader_, b, first, count, h_.data());
+    g = keeps<T>(grad_x_) ? room(grad_x_, base, g_.data()) : g_.data();
+    if (is_kept) return;
     const T* grad = read_upward(from_.grad_y, base, count * channels, grad_.data());
     for (int64_t at = 0; at < count * channels; at += channels) {
-      upstream<kFused, T, const T*>(
-          h + at, grad + at, of_channel.mean.data(), of_channel.rstd.data(), of_channel.gain.data(),
-          of_channel.offset.data(), from_.silu, limits_, channels, g.data() + at, n.data() + at);
+      upstream<kFused, T, const T*>(h + at, grad + at, of_channel.mean.data(),
+                                    of_channel.factor.data(), of_channel.offset.data(), from_.silu,
+                                    limits_, channels, g + at);
     }
   }
 
   const int64_t rows;
-  std::vector<T> g, n;
   ChannelRows<T> of_channel;
+  int64_t base = 0;  // where the run begins
+  const T* h = nullptr;
+  T* g = nullptr;
 
  private:
   const BackwardOperands<T>& from_;
+  const Target grad_x_;
   Loader<T> loader_;
-  std::vector<T> h_, grad_;
+  std::vector<T> h_, grad_, g_;
   ExpLimits<T> limits_;
   int64_t entered_ = -1;
 };
 
-// Task: a block of pixels, summed channel by channel.
+// Task: a block of pixels, summed channel by channel, with (h - mean) in place of n.
 template <typename T>
 struct ChannelsLastSums {
   BackwardOperands<T> from;
   Blocks blocks;
-  T* sums;  // [B, blocks, 3, C], zero
+  Target grad_x;  // null where it is not wanted
+  T* sums;        // [B, blocks, 3, C], zero
   bool with_sum_of_n;
 
   template <bool kFused>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t channels = from.channels;
-    RowWalk<T> walk(from);
+    RowWalk<T> walk(from, grad_x);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks.per_sample, block = task % blocks.per_sample;
       const int64_t last = blocks.first(block) + blocks.count(block, from.pixels);
       T* to = sums + task * 3 * channels;
       walk.enter(b);
+      const T* mean = walk.of_channel.mean.data();
       for (int64_t first = blocks.first(block), count; first < last; first += count) {
         count = std::min(walk.rows, last - first);
-        walk.template make<kFused>(b, first, count);
-        add_columns(walk.g.data(), count, channels, to);
-        add_column_products(walk.g.data(), walk.n.data(), count, channels, to + channels);
-        if (with_sum_of_n) add_columns(walk.n.data(), count, channels, to + 2 * channels);
+        walk.template make<kFused>(b, first, count, false);
+        add_weighted_columns(walk.g, walk.h, count, channels, mean, to, to + channels);
+        if (with_sum_of_n) add_distances(walk.h, count, mean, to + 2 * channels);
       }
+    }
+  }
+
+  FASTLDM_INLINE void add_distances(const T* __restrict__ h, int64_t count,
+                                    const T* __restrict__ mean, T* __restrict__ sums_of_n) const {
+    for (int64_t row = 0; row < count; ++row, h += from.channels) {
+      for (int64_t c = 0; c < from.channels; ++c) sums_of_n[c] += h[c] - mean[c];
     }
   }
 };
 
 // The sums of a sample, its blocks added in their order.
 template <typename T>
-void merge_blocks(const T* parts, int64_t blocks, int64_t channels, ChannelSums* sums) {
+void merge_blocks(const BackwardOperands<T>& from, const T* parts, int64_t blocks, int64_t b,
+                  ChannelSums* sums) {
+  const int64_t channels = from.channels;
+  parts += b * blocks * 3 * channels;
   for (int64_t block = 0; block < blocks; ++block, parts += 3 * channels) {
     for (int64_t c = 0; c < channels; ++c) {
       sums[c].g += parts[c];
       sums[c].gn += parts[channels + c];
       sums[c].n += parts[2 * channels + c];
     }
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    const T rstd = from.rstd[b * from.groups + c / from.group_channels()];
+    sums[c].gn *= rstd;
+    sums[c].n *= rstd;
   }
 }
 
@@ -247,37 +290,33 @@ struct ChannelsLastBackward {
   template <bool kFused>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t channels = from.channels;
-    RowWalk<T> walk(from);
-    std::vector<T> factor(channels), level(channels), slope(channels);
-    std::vector<T> rounded(is_stored_as<T>(grad_x.type) ? 0 : walk.g.size());
+    RowWalk<T> walk(from, grad_x);
+    std::vector<T> slope(channels), level(channels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks.per_sample, block = task % blocks.per_sample;
       const int64_t last = blocks.first(block) + blocks.count(block, from.pixels);
-      if (walk.enter(b)) fill(walk.of_channel, b, factor.data(), level.data(), slope.data());
+      if (walk.enter(b)) fill(b, slope.data(), level.data());
       for (int64_t first = blocks.first(block), count; first < last; first += count) {
         count = std::min(walk.rows, last - first);
-        walk.template make<kFused>(b, first, count);
-        const int64_t base = (b * from.pixels + first) * channels;
-        T* to = room(grad_x, base, rounded.data());
+        walk.template make<kFused>(b, first, count, keeps<T>(grad_x));
         for (int64_t at = 0; at < count * channels; at += channels) {
-          downstream<kFused, T, const T*>(walk.g.data() + at, walk.n.data() + at, factor.data(),
-                                          level.data(), slope.data(), channels, to + at);
+          downstream<kFused, T, const T*>(walk.h + at, walk.of_channel.mean.data(),
+                                          walk.of_channel.factor.data(), slope.data(), level.data(),
+                                          channels, walk.g + at);
         }
-        flush(to, grad_x, base, count * channels);
+        flush(walk.g, grad_x, walk.base, count * channels);
       }
     }
   }
 
-  FASTLDM_INLINE void fill(const ChannelRows<T>& of_channel, int64_t b, T* factor, T* level,
-                           T* slope) const {
+  FASTLDM_INLINE void fill(int64_t b, T* slope, T* level) const {
     const int64_t depth = from.group_channels();
     for (int64_t group = 0; group < from.groups; ++group) {
+      const T rstd = from.rstd[b * from.groups + group];
       const GroupSums of_group(from, b, group, sums + b * from.channels);
       for (int64_t c = group * depth; c < (group + 1) * depth; ++c) {
-        const T rstd = of_channel.rstd[c];
-        factor[c] = rstd * of_channel.gain[c];
+        slope[c] = static_cast<T>(rstd * of_group.gn) * rstd;
         level[c] = static_cast<T>(rstd * of_group.g);
-        slope[c] = static_cast<T>(rstd * of_group.gn);
       }
     }
   }

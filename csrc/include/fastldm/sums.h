@@ -67,19 +67,28 @@ FASTLDM_INLINE void sum_deviations(const T* values, int64_t count, T centre, T& 
   squares = Lanes<T>::sum(q0 + q1) + rest_of_squares;
 }
 
-// The sum of the products a b.
+// The sums of g and of g (v - centre).
 template <typename T>
-FASTLDM_INLINE T sum_products(const T* a, const T* b, int64_t count) {
+FASTLDM_INLINE void sum_weighted(const T* g, const T* values, int64_t count, T centre, T& sum,
+                                 T& products) {
+  using Vector = typename Lanes<T>::Vector;
   constexpr int kLanes = Lanes<T>::kCount;
-  typename Lanes<T>::Vector q0 = {}, q1 = {};
+  Vector s0 = {}, s1 = {}, q0 = {}, q1 = {};
   int64_t i = 0;
   for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    q0 += Lanes<T>::load(a + i) * Lanes<T>::load(b + i);
-    q1 += Lanes<T>::load(a + i + kLanes) * Lanes<T>::load(b + i + kLanes);
+    const Vector g0 = Lanes<T>::load(g + i), g1 = Lanes<T>::load(g + i + kLanes);
+    s0 += g0;
+    s1 += g1;
+    q0 += g0 * (Lanes<T>::load(values + i) - centre);
+    q1 += g1 * (Lanes<T>::load(values + i + kLanes) - centre);
   }
-  T rest = 0;
-  for (; i < count; ++i) rest += a[i] * b[i];
-  return Lanes<T>::sum(q0 + q1) + rest;
+  T rest = 0, rest_of_products = 0;
+  for (; i < count; ++i) {
+    rest += g[i];
+    rest_of_products += g[i] * (values[i] - centre);
+  }
+  sum = Lanes<T>::sum(s0 + s1) + rest;
+  products = Lanes<T>::sum(q0 + q1) + rest_of_products;
 }
 
 // The same for each column of [rows, width], added to what is there; four rows at a time, so that
@@ -121,17 +130,24 @@ FASTLDM_INLINE void add_column_deviations(const T* __restrict__ values, int64_t 
 }
 
 template <typename T>
-FASTLDM_INLINE void add_column_products(const T* __restrict__ a, const T* __restrict__ b,
-                                        int64_t rows, int64_t width, T* __restrict__ sums) {
+FASTLDM_INLINE void add_weighted_columns(const T* __restrict__ g, const T* __restrict__ values,
+                                         int64_t rows, int64_t width, const T* __restrict__ centres,
+                                         T* __restrict__ sums, T* __restrict__ products) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, a += 4 * width, b += 4 * width) {
+  for (; row + 4 <= rows; row += 4, g += 4 * width, values += 4 * width) {
     for (int64_t c = 0; c < width; ++c) {
-      sums[c] += (a[c] * b[c] + a[width + c] * b[width + c]) +
-                 (a[2 * width + c] * b[2 * width + c] + a[3 * width + c] * b[3 * width + c]);
+      const T g0 = g[c], g1 = g[width + c], g2 = g[2 * width + c], g3 = g[3 * width + c];
+      sums[c] += (g0 + g1) + (g2 + g3);
+      products[c] +=
+          (g0 * (values[c] - centres[c]) + g1 * (values[width + c] - centres[c])) +
+          (g2 * (values[2 * width + c] - centres[c]) + g3 * (values[3 * width + c] - centres[c]));
     }
   }
-  for (; row < rows; ++row, a += width, b += width) {
-    for (int64_t c = 0; c < width; ++c) sums[c] += a[c] * b[c];
+  for (; row < rows; ++row, g += width, values += width) {
+    for (int64_t c = 0; c < width; ++c) {
+      sums[c] += g[c];
+      products[c] += g[c] * (values[c] - centres[c]);
+    }
   }
 }
 

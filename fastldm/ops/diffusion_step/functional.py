@@ -297,14 +297,11 @@ def _implementation(op_name: str, *operands: Tensor, **options: Any) -> Callable
         BackendUnavailableError: the backend asked for by name cannot serve the call.
     """
     backend = choose(op_name, *operands, **options)
-    if torch.is_grad_enabled() and any(
-        isinstance(value, Tensor) and value.requires_grad
-        for value in (*operands, *options.values())
-    ):
-        return reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
-    tensors = [value for value in options.values() if isinstance(value, Tensor)]
-    if _direct.may_call_kernel(*operands, *tensors):
+    tensors = [*operands, *(value for value in options.values() if isinstance(value, Tensor))]
+    if _direct.may_call_kernel(*tensors):
         return _schema.kernel(f"{op_name}_fwd", backend)
+    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
+        return reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
     raw = torch.ops.fastldm
     return partial(
         raw.ddim_step_fwd if op_name == "ddim_step" else raw.ddpm_step_fwd, backend=backend
@@ -366,9 +363,10 @@ def _check(
             f"sample: got {sample.dtype} of shape {list(sample.shape)}; "
             "accepted: a floating tensor [B, …]"
         )
+    shape = tuple(sample.shape)
     for name, value in like_sample.items():
         if value is not None:
-            _check_tensor(name, value, (sample.shape,), sample)
+            _check_tensor(name, value, (shape,), sample)
     batch = sample.shape[0]
     _check_tensor("coefficients", coefficients, ((width,), (batch, width)), sample)
     if threshold is not None:
@@ -388,7 +386,7 @@ def _check(
 def _check_tensor(
     name: str, value: Tensor, shapes: tuple[tuple[int, ...], ...], sample: Tensor
 ) -> None:
-    fits = any(tuple(value.shape) == tuple(shape) for shape in shapes)
+    fits = tuple(value.shape) in shapes
     if not fits or not value.is_floating_point() or value.device != sample.device:
         accepted = " or ".join(str(list(shape)) for shape in shapes)
         raise ConfigError(

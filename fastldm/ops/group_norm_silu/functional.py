@@ -175,9 +175,13 @@ def _check(
     if activation not in ("silu", None):
         raise ConfigError(f"activation: got {activation!r}; accepted: 'silu' or None")
     for name, value in (("weight", weight), ("bias", bias)):
-        _checks.shape_and_device(name, value, (channels,), "[C]", x)
+        if value is not None:
+            _checks.shape_and_device(name, value, (channels,), "[C]", x)
     for name, value in (("channel_add", channel_add), ("scale", scale), ("shift", shift)):
-        _checks.shape_and_device(name, value, (batch, channels), "[B, C]", x)
+        if value is not None:
+            _checks.shape_and_device(name, value, (batch, channels), "[B, C]", x)
+    if residual is None:
+        return
     _checks.shape_and_device("residual", residual, tuple(x.shape), "the shape of x", x)
-    if residual is not None and residual.dtype != x.dtype:
+    if residual.dtype != x.dtype:
         raise ConfigError(f"residual: got {residual.dtype}; accepted: {x.dtype}, the dtype of x")
