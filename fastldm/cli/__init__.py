@@ -73,6 +73,20 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+class LogHandler(logging.Handler):
+    """Writes lines to stderr, above a progress bar rather than into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record."""
+        line = self.format(record)
+        if "tqdm" in sys.modules:
+            from tqdm.auto import tqdm
+
+            tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr)
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS)) + 2
     lines = [f"  {name:{width}}{what}" for name, what in COMMANDS.items()]
@@ -97,7 +111,7 @@ def _set_up_logging() -> None:
     Nor is each of the attempts to reach the hub, whose last failure becomes the command's error.
     """
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[LogHandler()])
     if is_main_process():
         logging.getLogger("fastldm").setLevel(logging.INFO)
     logging.getLogger("fastldm.ops").setLevel(logging.WARNING)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm.auto import tqdm
 
 from fastldm import __version__, cli
 from fastldm.training.loop import Interrupted
@@ -181,6 +184,18 @@ def test_help_loads_neither_torch_nor_the_parser() -> None:
         "assert not {'torch', 'jsonargparse', 'accelerate', 'datasets'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_log_lines_and_progress_bars_do_not_share_a_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    record = logging.LogRecord("a", logging.INFO, "b", 1, "step %d", (3,), None)
+    with tqdm(total=2, file=sys.stderr, desc="bar") as bar:
+        bar.update()
+        cli.LogHandler().emit(record)
+    lines = re.split("[\r\n]", capsys.readouterr().err)
+    assert "step 3" in lines
+    assert any(line.startswith("bar:") for line in lines)
 
 
 def test_it_runs_as_a_module() -> None:
