@@ -6,9 +6,15 @@ modes and subclasses. Where none of them does, a call of the kernel itself has t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+from fastldm.ops import _schema
 
 _ALWAYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
 # What a thread includes in every dispatch where nothing listens, in inference mode and outside.
@@ -32,3 +38,10 @@ def may_call_kernel(*operands: Tensor | None) -> bool:
         for value in operands
         if value is not None
     )
+
+
+def raw(name: str, backend: str, *operands: Tensor | None) -> Callable[..., Any]:
+    """What computes the raw operator `name` on these operands: the kernel itself where it may."""
+    if may_call_kernel(*operands):
+        return _schema.kernel(name, backend)
+    return partial(getattr(torch.ops.fastldm, name), backend=backend)

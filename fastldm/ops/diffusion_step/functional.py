@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
-from fastldm.ops import _direct, _schema
+from fastldm.ops import _direct
 from fastldm.ops._dispatch import choose
 from fastldm.ops.diffusion_step import reference
 from fastldm.ops.diffusion_step.coefficients import (
@@ -298,14 +297,9 @@ def _implementation(op_name: str, *operands: Tensor, **options: Any) -> Callable
     """
     backend = choose(op_name, *operands, **options)
     tensors = [*operands, *(value for value in options.values() if isinstance(value, Tensor))]
-    if _direct.may_call_kernel(*tensors):
-        return _schema.kernel(f"{op_name}_fwd", backend)
     if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
         return reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
-    raw = torch.ops.fastldm
-    return partial(
-        raw.ddim_step_fwd if op_name == "ddim_step" else raw.ddpm_step_fwd, backend=backend
-    )
+    return _direct.raw(f"{op_name}_fwd", backend, *tensors)
 
 
 def _split_scale(guidance_scale: float | Tensor) -> tuple[float, Tensor | None]:

@@ -108,11 +108,11 @@ class _GroupNormSiLU(torch.autograd.Function):
         silu: bool,
         backend: str,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.fastldm.group_norm_silu_fwd(
-            x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift,
-            backend=backend,
-        )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, channel_add, residual, scale, shift, mean, rstd)
+        operands = (x, weight, bias, channel_add, residual, scale, shift)
+        y, mean, rstd = _direct.raw("group_norm_silu_fwd", backend, *operands)(
+            x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift
+        )
+        ctx.save_for_backward(*operands, mean, rstd)
         ctx.num_groups, ctx.eps, ctx.silu, ctx.backend = num_groups, eps, silu, backend
         return y
 
@@ -128,9 +128,9 @@ class _GroupNormSiLU(torch.autograd.Function):
         wanted = [
             need_x or need_residual, need_weight, need_bias, need_add, need_scale, need_shift
         ]  # fmt: skip
-        found = torch.ops.fastldm.group_norm_silu_bwd(
+        found = _direct.raw("group_norm_silu_bwd", ctx.backend, grad_y, *operands)(
             grad_y, x, mean, rstd, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, channel_add,
-            residual, scale, shift, wanted, backend=ctx.backend,
+            residual, scale, shift, wanted,
         )  # fmt: skip
         dx, dweight, dbias, dadd, dscale, dshift = (
             gradient if want else None for gradient, want in zip(found, wanted, strict=True)
