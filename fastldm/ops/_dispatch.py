@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastldm.errors import BackendUnavailableError, ConfigError
 from fastldm.ops import _extension, _triton
+from fastldm.ops.cross_attention import winners
 
 OPERATORS = (
     "group_norm_silu", "cross_attention", "vector_quantize", "codebook_statistics", "ddim_step",
@@ -27,6 +28,8 @@ BACKENDS = ("triton", "cpp", "reference")
 """In the order in which "auto" tries them."""
 
 _CUDA_DIMENSIONS = 8
+_MOST_KEYS = 256
+_WIDEST_HEAD = 160
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -133,6 +136,26 @@ def _why_not_triton(name: str, x: Tensor) -> str | None:
     return f"it serves CUDA tensors, {name} is on {x.device}"
 
 
+def _cross_attention_triton(
+    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None
+) -> str | None:
+    keys, channels = k.shape[1], q.shape[3]
+    if keys > _MOST_KEYS:
+        return f"it takes at most {_MOST_KEYS} keys, k has {keys}"
+    if channels > _WIDEST_HEAD:
+        return f"it takes heads of at most {_WIDEST_HEAD} channels, q has {channels}"
+    reason = _why_not_triton("q", q)
+    if reason is not None or _requested.get() != "auto":
+        return reason
+    if winners.is_one_of(_sdpa_classes(q.device), q, k):
+        return "torch's scaled_dot_product_attention was faster at this size when measured"
+    return None
+
+
+def _step_triton(sample: Tensor, *_: Any, **__: Any) -> str | None:
+    return _why_not_triton("sample", sample)
+
+
 def _group_norm_silu_cpp(x: Tensor, *_: Any, **__: Any) -> str | None:
     if x.device.type != "cpu":
         return f"it serves CPU tensors, x is on {x.device}"
@@ -186,6 +209,11 @@ def _cuda_kernels_problem(device: torch.device) -> str | None:
 
 
 @_constant_when_traced
+def _sdpa_classes(device: torch.device) -> tuple[winners.Class, ...]:
+    return winners.sdpa_classes(device)
+
+
+@_constant_when_traced
 def _triton_problem() -> str | None:
     return _triton.problem()
 
@@ -213,6 +241,9 @@ def _listed(names: tuple[str, ...]) -> str:
 
 _PREDICATES: dict[tuple[str, str], Callable[..., str | None]] = {
     ("group_norm_silu", "triton"): _group_norm_silu_triton,
+    ("cross_attention", "triton"): _cross_attention_triton,
+    ("ddim_step", "triton"): _step_triton,
+    ("ddpm_step", "triton"): _step_triton,
     ("group_norm_silu", "cpp"): _group_norm_silu_cpp,
     ("ddim_step", "cpp"): _diffusion_step_cpp,
     ("ddpm_step", "cpp"): _diffusion_step_cpp,

@@ -70,6 +70,12 @@ def _fast_interpreter() -> Iterator[None]:
     interpreter.InterpretedFunction.__call__ = slow
 
 
+def _poison(dtype: torch.dtype) -> float:
+    if dtype.is_floating_point:
+        return torch.nan
+    return True if dtype == torch.bool else torch.iinfo(dtype).max
+
+
 @pytest.fixture
 def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What ``Tensor.new_empty`` gives lies between guards, holds NaN, and no guard is touched."""
@@ -85,7 +91,7 @@ def guarded_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         )  # fmt: skip
         buffers.append((buffer, used))
         inside = buffer[margin : margin + used].view(dtype).view(shape)
-        return inside.fill_(torch.nan if dtype.is_floating_point else torch.iinfo(dtype).max)
+        return inside.fill_(_poison(dtype))
 
     monkeypatch.setattr(Tensor, "new_empty", new_empty)
     yield

@@ -35,7 +35,9 @@ def tiling(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     if request.param == "in pieces":
         small = {"elements": 128, "block_c": 16, "work": 256, "programs": 1, "num_warps": 1}
         monkeypatch.setattr(plan, "_configs", lambda device: _Everywhere(small))
+        combining = plan.combining
         monkeypatch.setattr(plan, "split", plan.split.__wrapped__)
+        monkeypatch.setattr(plan, "combining", lambda *sizes: (2, combining(*sizes)[1]))
         monkeypatch.setattr(plan, "whole", lambda *_: None)
     return str(request.param)
 
@@ -182,7 +184,8 @@ def test_channels_in_tiles_that_end_inside_groups(
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((2, 6, 1, 1), 3), ((3, 6), 3), ((2, 6), 6), ((2, 6, 7), 2), ((1, 8, 2, 3, 2), 4),
-     ((1, 15, 3, 3), 5), ((2, 3, 9, 9), 1), ((1, 7, 4, 4), 7), ((1, 60, 3, 3), 6)],
+     ((1, 15, 3, 3), 5), ((2, 3, 9, 9), 1), ((1, 7, 4, 4), 7), ((1, 60, 3, 3), 6),
+     ((9, 4, 3), 2)],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_shapes(
