@@ -273,7 +273,9 @@ def _step(
     previous, original = torch.empty_like(sample), torch.empty_like(sample)
     if not sample.numel():
         return previous, original
-    inputs = (sample, model_output, model_output_uncond, noise, predicted_variance)
+    inputs: tuple[Tensor | None, ...] = (
+        sample, model_output, model_output_uncond, noise, predicted_variance,
+    )  # fmt: skip
     results = (previous, original)
     path = _walk(previous, inputs, seed)
     if path is None:
