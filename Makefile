@@ -10,7 +10,7 @@ DEMO_DIR ?= outputs/demo
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 GROUPS := /usr/share/unicode/emoji/emoji-test.txt
 SOURCES := pyproject.toml setup.py $(shell find csrc -type f)
-# The environment may hold a fastldm installed from another checkout: the stamp names this one.
+# The environment may hold a fastldm installed from another checkout: the stamp names the last one.
 STAMP := $(VENV)/.fastldm-$(shell printf %s '$(CURDIR)' | cksum | cut -d' ' -f1)
 
 # A virtual environment made by uv holds no pip.
@@ -64,10 +64,11 @@ setup-test: $(STAMP)-test
 
 # torch first: the extension is compiled against the torch that will load it.
 $(STAMP)-train $(STAMP)-test: $(STAMP)-%: $(SOURCES) | $(PY)
+	rm -f '$(VENV)'/.fastldm-*
 	$(INSTALL) 'torch>=2.11' 'setuptools>=77' 'pybind11>=2.13' ninja numpy
 	$(INSTALL) --no-build-isolation -e '.[$*]'
 	$(PY) -m fastldm.env
-	touch $@
+	touch $(STAMP)-train $@
 
 $(PY):
 	@if command -v uv >/dev/null 2>&1; then uv venv --python '>=3.11' '$(VENV)'; \
@@ -89,3 +90,4 @@ emoji-data:
 
 clean: ## remove what was built, but not the virtual environment or outputs
 	rm -rf build dist *.egg-info fastldm/*.so .coverage* coverage.xml .pytest_cache .mypy_cache .ruff_cache
+	rm -f $(STAMP)-*
