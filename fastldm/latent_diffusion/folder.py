@@ -33,12 +33,13 @@ _HOMES = {
     "ClassEmbedder": "fastldm.models",
     "DDIMScheduler": "fastldm.schedulers",
     "DDPMScheduler": "fastldm.schedulers",
+    "SpatialRescaler": "fastldm.models",
     "TextEncoder": "fastldm.models",
     "UNet2DConditionModel": "fastldm.models",
     "UNet2DModel": "fastldm.models",
     "VQModel": "fastldm.models",
 }
-_FASTLDM_ONLY = ("CaptionTokenizer", "ClassEmbedder", "TextEncoder")
+_FASTLDM_ONLY = ("CaptionTokenizer", "ClassEmbedder", "SpatialRescaler", "TextEncoder")
 _FOREIGN_BASES = {
     "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase"),
     "diffusers": ("ModelMixin", "SchedulerMixin"),

@@ -14,7 +14,8 @@ from fastldm.errors import ConfigError, DataError
 def latent_channels_of(first_stage: Any) -> int:
     """C: the channels of what ``encode`` gives."""
     config = first_stage.config
-    return int(config.get("vq_embed_dim") or config["latent_channels"])
+    narrowed = config.get("vq_embed_dim") or config.get("embed_dim")
+    return int(narrowed or config["latent_channels"])
 
 
 def downsampling_factor_of(first_stage: Any) -> int:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from fastldm.models.base import ModelMixin as ModelMixin
     from fastldm.models.class_embedder import ClassEmbedder as ClassEmbedder
     from fastldm.models.patch_discriminator import PatchDiscriminator as PatchDiscriminator
+    from fastldm.models.spatial_rescaler import SpatialRescaler as SpatialRescaler
     from fastldm.models.text_encoder import TextEncoder as TextEncoder
     from fastldm.models.tokenizer import CaptionTokenizer as CaptionTokenizer
     from fastldm.models.unet_2d import UNet2DModel as UNet2DModel
@@ -22,6 +23,7 @@ _MODULE_OF = {
     "ClassEmbedder": "class_embedder",
     "ModelMixin": "base",
     "PatchDiscriminator": "patch_discriminator",
+    "SpatialRescaler": "spatial_rescaler",
     "TextEncoder": "text_encoder",
     "UNet2DConditionModel": "unet_2d_condition",
     "UNet2DModel": "unet_2d",
@@ -34,6 +36,7 @@ __all__ = [
     "ClassEmbedder",
     "ModelMixin",
     "PatchDiscriminator",
+    "SpatialRescaler",
     "TextEncoder",
     "UNet2DConditionModel",
     "UNet2DModel",

@@ -49,6 +49,12 @@ class AutoencoderKL(FirstStageModel):
         mid_block_add_attention: attention in the middle blocks.
         latent_regularization: "kl", or "none" for deterministic latents without a posterior.
         output_activation: None, or "tanh" on the decoded image.
+        embed_dim: channels of the latents where the 1×1 convolutions change their number;
+            None: `latent_channels`. diffusers has no such field, nor the following.
+        dropout: in the residual blocks.
+        attention_type: "default", or "linear": `fastldm.modules.linear_attention`.
+        resample_with_conv: a convolution where the resolution changes; else average pooling and
+            repetition alone.
 
     Raises:
         ConfigError: an argument has a value that is not listed, or two do not fit each other.
@@ -77,15 +83,23 @@ class AutoencoderKL(FirstStageModel):
         mid_block_add_attention: bool = True,
         latent_regularization: str = "kl",
         output_activation: str | None = None,
+        embed_dim: int | None = None,
+        dropout: float = 0.0,
+        attention_type: str = "default",
+        resample_with_conv: bool = True,
     ) -> None:
         super().__init__()
         if latent_regularization not in ("kl", "none"):
             raise ConfigError(
                 f"latent_regularization: expected 'kl' or 'none', got {latent_regularization!r}"
             )
-        self._set_up(
-            block_out_channels, sample_size, in_channels, latent_channels, output_activation
-        )
+        channels = latent_channels if embed_dim is None else embed_dim
+        if channels != latent_channels and not (use_quant_conv and use_post_quant_conv):
+            raise ConfigError(
+                f"embed_dim: {channels} where latent_channels is {latent_channels} needs "
+                "use_quant_conv and use_post_quant_conv"
+            )
+        self._set_up(block_out_channels, sample_size, in_channels, channels, output_activation)
         self.has_posterior = latent_regularization == "kl"
         self.encoder = Encoder(
             in_channels,
@@ -97,6 +111,9 @@ class AutoencoderKL(FirstStageModel):
             act_fn=act_fn,
             double_z=self.has_posterior,
             mid_block_add_attention=mid_block_add_attention,
+            dropout=dropout,
+            attention_type=attention_type,
+            resample_with_conv=resample_with_conv,
         )
         self.decoder = Decoder(
             latent_channels,
@@ -107,11 +124,16 @@ class AutoencoderKL(FirstStageModel):
             norm_num_groups=norm_num_groups,
             act_fn=act_fn,
             mid_block_add_attention=mid_block_add_attention,
+            dropout=dropout,
+            attention_type=attention_type,
+            resample_with_conv=resample_with_conv,
         )
-        encoded = 2 * latent_channels if self.has_posterior else latent_channels
-        self.quant_conv = nn.Conv2d(encoded, encoded, 1) if use_quant_conv else None
+        both = 2 if self.has_posterior else 1
+        self.quant_conv = (
+            nn.Conv2d(both * latent_channels, both * channels, 1) if use_quant_conv else None
+        )
         self.post_quant_conv = (
-            nn.Conv2d(latent_channels, latent_channels, 1) if use_post_quant_conv else None
+            nn.Conv2d(channels, latent_channels, 1) if use_post_quant_conv else None
         )
 
     def encode(
@@ -145,7 +167,7 @@ class AutoencoderKL(FirstStageModel):
         """Images of latents that are not scaled.
 
         Args:
-            z: [B, latent_channels, h, w].
+            z: [B, latent_channels (or embed_dim), h, w].
             generator: not used; diffusers' pipelines pass one.
 
         Returns:

@@ -64,7 +64,9 @@ class UNet2DModel(UNetBase):
         num_class_embeds: number of classes with a learned embedding, where that type is None.
         num_train_timesteps: see `time_embedding_type`.
         num_attention_heads: number of heads in every attention, in place of
-            `attention_head_dim`. diffusers has no such field.
+            `attention_head_dim`. diffusers has no such field, nor the following.
+        resample_with_conv: a convolution where the resolution changes ("conv" above); else
+            average pooling and repetition alone.
 
     Raises:
         ConfigError: a field has a value that is not listed, or two do not fit each other.
@@ -112,6 +114,7 @@ class UNet2DModel(UNetBase):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         num_attention_heads: int | None = None,
+        resample_with_conv: bool = True,
     ) -> None:
         super().__init__()
         options = UNetOptions(
@@ -122,6 +125,7 @@ class UNet2DModel(UNetBase):
             downsample_padding=downsample_padding,
             downsample_type=downsample_type,
             upsample_type=upsample_type,
+            resample_with_conv=resample_with_conv,
         )
         check_choice("mid_block_type", mid_block_type, ("UNetMidBlock2D", None))
         check_choice("resnet_time_scale_shift", resnet_time_scale_shift, ("default", "scale_shift"))

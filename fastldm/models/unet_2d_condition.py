@@ -87,7 +87,9 @@ class UNet2DConditionModel(EmbeddingUNet):
             is recorded as the numbers of heads that it gives, which diffusers understands,
             where the model has no plain attention. diffusers has no such field.
         downsample_type, upsample_type: "conv" or "resnet" (a residual block), in the blocks with
-            attention. diffusers has no such fields in this model.
+            attention. diffusers has no such fields in this model, nor the following.
+        resample_with_conv: a convolution where the resolution changes ("conv" above); else
+            average pooling and repetition alone.
 
     Raises:
         ConfigError: a field has a value that is not listed, or two do not fit each other.
@@ -157,6 +159,7 @@ class UNet2DConditionModel(EmbeddingUNet):
         num_head_channels: int | None = None,
         downsample_type: str = "conv",
         upsample_type: str = "conv",
+        resample_with_conv: bool = True,
     ) -> None:
         super().__init__()
         for name, value, accepted in (
@@ -180,6 +183,7 @@ class UNet2DConditionModel(EmbeddingUNet):
             downsample_padding=downsample_padding,
             downsample_type=downsample_type,
             upsample_type=upsample_type,
+            resample_with_conv=resample_with_conv,
         )
         context_dims = per_level("cross_attention_dim", cross_attention_dim, levels)
         self.sample_size = sample_size

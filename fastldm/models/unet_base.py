@@ -60,6 +60,7 @@ class UNetOptions:
     downsample_padding: int
     downsample_type: str
     upsample_type: str
+    resample_with_conv: bool
 
     def __post_init__(self) -> None:
         levels = len(self.block_out_channels)
@@ -115,7 +116,7 @@ class UNetBase(ModelMixin):
                 return None
             kind = block_type.resampling or default
             self._needs_divisible_size |= kind == "resnet"
-            return kind
+            return "plain" if kind == "conv" and not options.resample_with_conv else kind
 
         self.down_blocks = nn.ModuleList()
         for level, name in enumerate(options.down_block_types):

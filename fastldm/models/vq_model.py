@@ -45,6 +45,7 @@ class VQModel(FirstStageModel):
             replaced by a random latent of the batch; None: never.
         codebook_initialization: "uniform" in ±1/K, or "data": k-means of the first batch.
         output_activation: None, or "tanh" on the decoded image.
+        dropout, attention_type, resample_with_conv: as in `AutoencoderKL`.
 
     Raises:
         ConfigError: an argument has a value that is not listed, or two do not fit each other.
@@ -74,6 +75,9 @@ class VQModel(FirstStageModel):
         dead_code_threshold: float | None = None,
         codebook_initialization: str = "uniform",
         output_activation: str | None = None,
+        dropout: float = 0.0,
+        attention_type: str = "default",
+        resample_with_conv: bool = True,
     ) -> None:
         super().__init__()
         if norm_type not in ("group", "spatial"):
@@ -96,6 +100,9 @@ class VQModel(FirstStageModel):
             act_fn=act_fn,
             double_z=False,
             mid_block_add_attention=mid_block_add_attention,
+            dropout=dropout,
+            attention_type=attention_type,
+            resample_with_conv=resample_with_conv,
         )
         self.quant_conv = nn.Conv2d(latent_channels, code_channels, 1)
         self.quantize = VectorQuantizer(
@@ -116,6 +123,9 @@ class VQModel(FirstStageModel):
             act_fn=act_fn,
             mid_block_add_attention=mid_block_add_attention,
             spatial_norm=norm_type == "spatial",
+            dropout=dropout,
+            attention_type=attention_type,
+            resample_with_conv=resample_with_conv,
         )
         self._codes_reach_norms = norm_type == "spatial"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from fastldm.errors import ConfigError
 from fastldm.modules.activations import get_activation, group_norm, norm_and_activate
 from fastldm.modules.attention import Attention
+from fastldm.modules.linear_attention import LinearAttention
 from fastldm.modules.resnet import ResnetBlock2D
 from fastldm.modules.sampling import Downsample2D, Upsample2D
 from fastldm.modules.spatial_norm import SpatialAttention, SpatialNorm, SpatialResnetBlock2D
@@ -21,34 +23,71 @@ _DOWN_BLOCK_ATTENTION = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": 
 _UP_BLOCK_ATTENTION = {"UpDecoderBlock2D": False, "AttnUpDecoderBlock2D": True}
 
 
-def _resnet(
-    in_channels: int, out_channels: int, num_groups: int, act_fn: str, zq_channels: int | None
-) -> nn.Module:
-    if zq_channels is not None:
-        return SpatialResnetBlock2D(in_channels, out_channels, zq_channels, act_fn)
-    return ResnetBlock2D(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        temb_channels=None,
-        groups=num_groups,
-        eps=_EPS,
-        non_linearity=act_fn,
-    )
+ATTENTION_TYPES = ("default", "linear")
 
 
-def _attention(channels: int, num_groups: int, zq_channels: int | None) -> Attention:
-    """One head over all channels."""
-    if zq_channels is not None:
-        return SpatialAttention(channels, zq_channels)
-    return Attention(
-        channels,
-        heads=1,
-        dim_head=channels,
-        bias=True,
-        norm_num_groups=num_groups,
-        eps=_EPS,
-        residual_connection=True,
-    )
+@dataclass(frozen=True)
+class BlockOptions:
+    """What the blocks of an encoder or a decoder share.
+
+    Attributes:
+        num_groups: groups of every GroupNorm.
+        act_fn: activation of the residual blocks.
+        zq_channels: channels of the latent that modulates the norms; None: they are GroupNorms.
+        dropout: in the residual blocks.
+        attention_type: "default", or "linear" (`LinearAttention`).
+        resample_with_conv: a convolution where the resolution changes; else average pooling and
+            repetition alone.
+    """
+
+    num_groups: int
+    act_fn: str = "silu"
+    zq_channels: int | None = None
+    dropout: float = 0.0
+    attention_type: str = "default"
+    resample_with_conv: bool = True
+
+    def __post_init__(self) -> None:
+        if self.attention_type not in ATTENTION_TYPES:
+            raise ConfigError(
+                f"attention_type: expected {' or '.join(map(repr, ATTENTION_TYPES))}, "
+                f"got {self.attention_type!r}"
+            )
+        if self.zq_channels is not None and (self.dropout or self.attention_type != "default"):
+            raise ConfigError(
+                "norm_type: the spatial norm goes with dropout 0 and attention_type 'default', "
+                f"got {self.dropout} and {self.attention_type!r}"
+            )
+
+    def resnet(self, in_channels: int, out_channels: int) -> nn.Module:
+        """A residual block."""
+        if self.zq_channels is not None:
+            return SpatialResnetBlock2D(in_channels, out_channels, self.zq_channels, self.act_fn)
+        return ResnetBlock2D(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            dropout=self.dropout,
+            temb_channels=None,
+            groups=self.num_groups,
+            eps=_EPS,
+            non_linearity=self.act_fn,
+        )
+
+    def attention(self, channels: int) -> nn.Module:
+        """Attention of one head over all channels."""
+        if self.attention_type == "linear":
+            return LinearAttention(channels)
+        if self.zq_channels is not None:
+            return SpatialAttention(channels, self.zq_channels)
+        return Attention(
+            channels,
+            heads=1,
+            dim_head=channels,
+            bias=True,
+            norm_num_groups=self.num_groups,
+            eps=_EPS,
+            residual_connection=True,
+        )
 
 
 class _Level(nn.Module):
@@ -62,20 +101,16 @@ class _Level(nn.Module):
         in_channels: int,
         out_channels: int,
         num_layers: int,
-        num_groups: int,
-        act_fn: str,
+        options: BlockOptions,
         attention: bool,
-        zq_channels: int | None = None,
     ) -> None:
         super().__init__()
         inputs = [in_channels] + [out_channels] * (num_layers - 1)
-        self.resnets = nn.ModuleList(
-            _resnet(channels, out_channels, num_groups, act_fn, zq_channels) for channels in inputs
-        )
+        self.resnets = nn.ModuleList(options.resnet(channels, out_channels) for channels in inputs)
         self.attentions: nn.ModuleList | None = None
         if attention:
             self.attentions = nn.ModuleList(
-                _attention(out_channels, num_groups, zq_channels) for _ in range(num_layers)
+                options.attention(out_channels) for _ in range(num_layers)
             )
 
     def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
@@ -98,17 +133,15 @@ class DownEncoderBlock2D(_Level):
         in_channels: int,
         out_channels: int,
         num_layers: int,
-        num_groups: int,
-        act_fn: str = "silu",
+        options: BlockOptions,
         attention: bool = False,
         add_downsample: bool = True,
     ) -> None:
-        super().__init__(in_channels, out_channels, num_layers, num_groups, act_fn, attention)
+        super().__init__(in_channels, out_channels, num_layers, options, attention)
         self.downsamplers: nn.ModuleList | None = None
         if add_downsample:
-            self.downsamplers = nn.ModuleList(
-                [Downsample2D(out_channels, use_conv=True, padding=0)]
-            )
+            with_conv = options.resample_with_conv
+            self.downsamplers = nn.ModuleList([Downsample2D(out_channels, with_conv, padding=0)])
 
     def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
         hidden_states = super().forward(hidden_states, zq)
@@ -129,18 +162,15 @@ class UpDecoderBlock2D(_Level):
         in_channels: int,
         out_channels: int,
         num_layers: int,
-        num_groups: int,
-        act_fn: str = "silu",
+        options: BlockOptions,
         attention: bool = False,
         add_upsample: bool = True,
-        zq_channels: int | None = None,
     ) -> None:
-        super().__init__(
-            in_channels, out_channels, num_layers, num_groups, act_fn, attention, zq_channels
-        )
+        super().__init__(in_channels, out_channels, num_layers, options, attention)
         self.upsamplers: nn.ModuleList | None = None
         if add_upsample:
-            self.upsamplers = nn.ModuleList([Upsample2D(out_channels, use_conv=True)])
+            with_conv = options.resample_with_conv
+            self.upsamplers = nn.ModuleList([Upsample2D(out_channels, with_conv)])
 
     def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
         hidden_states = super().forward(hidden_states, zq)
@@ -152,21 +182,10 @@ class UpDecoderBlock2D(_Level):
 class AutoencoderMidBlock2D(nn.Module):
     """Residual block, attention (optional), residual block at the lowest resolution."""
 
-    def __init__(
-        self,
-        channels: int,
-        num_groups: int,
-        act_fn: str,
-        add_attention: bool,
-        zq_channels: int | None = None,
-    ) -> None:
+    def __init__(self, channels: int, options: BlockOptions, add_attention: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(
-            _resnet(channels, channels, num_groups, act_fn, zq_channels) for _ in range(2)
-        )
-        self.attentions = nn.ModuleList(
-            [_attention(channels, num_groups, zq_channels)] if add_attention else []
-        )
+        self.resnets = nn.ModuleList(options.resnet(channels, channels) for _ in range(2))
+        self.attentions = nn.ModuleList([options.attention(channels)] if add_attention else [])
 
     def forward(self, hidden_states: Tensor, zq: Tensor | None = None) -> Tensor:
         hidden_states = self.resnets[0](hidden_states, zq)
@@ -188,6 +207,7 @@ class Encoder(nn.Module):
         act_fn: activation, see `fastldm.modules.activations.get_activation`.
         double_z: give mean and log-variance, 2·out_channels.
         mid_block_add_attention: whether the middle block has attention.
+        dropout, attention_type, resample_with_conv: see `BlockOptions`.
 
     Raises:
         ConfigError: a block type is unknown, or the lists differ in length.
@@ -204,8 +224,18 @@ class Encoder(nn.Module):
         act_fn: str = "silu",
         double_z: bool = True,
         mid_block_add_attention: bool = True,
+        dropout: float = 0.0,
+        attention_type: str = "default",
+        resample_with_conv: bool = True,
     ) -> None:
         super().__init__()
+        options = BlockOptions(
+            norm_num_groups,
+            act_fn,
+            dropout=dropout,
+            attention_type=attention_type,
+            resample_with_conv=resample_with_conv,
+        )
         _check_levels(
             "down_block_types", down_block_types, block_out_channels, _DOWN_BLOCK_ATTENTION
         )
@@ -216,9 +246,8 @@ class Encoder(nn.Module):
             DownEncoderBlock2D(
                 level_in,
                 level_out,
-                num_layers=layers_per_block,
-                num_groups=norm_num_groups,
-                act_fn=act_fn,
+                layers_per_block,
+                options,
                 attention=_DOWN_BLOCK_ATTENTION[block_type],
                 add_downsample=i < len(block_out_channels) - 1,
             )
@@ -226,9 +255,7 @@ class Encoder(nn.Module):
                 zip(down_block_types, inputs, block_out_channels, strict=True)
             )
         )
-        self.mid_block = AutoencoderMidBlock2D(
-            last, norm_num_groups, act_fn, mid_block_add_attention
-        )
+        self.mid_block = AutoencoderMidBlock2D(last, options, mid_block_add_attention)
         # The output activation is SiLU whatever act_fn is, as in diffusers.
         self.conv_norm_out = group_norm(last, norm_num_groups, _EPS)
         self.conv_act = get_activation("silu")
@@ -268,26 +295,28 @@ class Decoder(nn.Module):
         act_fn: str = "silu",
         mid_block_add_attention: bool = True,
         spatial_norm: bool = False,
+        dropout: float = 0.0,
+        attention_type: str = "default",
+        resample_with_conv: bool = True,
     ) -> None:
         super().__init__()
         zq_channels = in_channels if spatial_norm else None
+        options = BlockOptions(
+            norm_num_groups, act_fn, zq_channels, dropout, attention_type, resample_with_conv
+        )
         _check_levels("up_block_types", up_block_types, block_out_channels, _UP_BLOCK_ATTENTION)
         first, last = block_out_channels[0], block_out_channels[-1]
         self.conv_in = nn.Conv2d(in_channels, last, 3, padding=1)
-        self.mid_block = AutoencoderMidBlock2D(
-            last, norm_num_groups, act_fn, mid_block_add_attention, zq_channels
-        )
+        self.mid_block = AutoencoderMidBlock2D(last, options, mid_block_add_attention)
         outputs = list(reversed(block_out_channels))
         self.up_blocks = nn.ModuleList(
             UpDecoderBlock2D(
                 level_in,
                 level_out,
-                num_layers=layers_per_block + 1,
-                num_groups=norm_num_groups,
-                act_fn=act_fn,
+                layers_per_block + 1,
+                options,
                 attention=_UP_BLOCK_ATTENTION[block_type],
                 add_upsample=i < len(outputs) - 1,
-                zq_channels=zq_channels,
             )
             for i, (block_type, level_in, level_out) in enumerate(
                 zip(up_block_types, [last, *outputs[:-1]], outputs, strict=True)

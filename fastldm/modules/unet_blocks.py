@@ -210,7 +210,7 @@ class UNetDownBlock2D(_Level):
         out_channels: channels of its output.
         num_layers: number of residual blocks.
         resnet, attention: options of the residual blocks, and of the attention after each.
-        downsampling: "conv", "resnet", or None to keep the resolution.
+        downsampling: "conv", "resnet", "plain" (average pooling), or None to keep the resolution.
         downsample_padding: padding of the convolution, see `Downsample2D`.
     """
 
@@ -227,9 +227,9 @@ class UNetDownBlock2D(_Level):
         before = [in_channels] + [out_channels] * (num_layers - 1)
         super().__init__([(channels, out_channels) for channels in before], resnet, attention)
         self.downsamplers: nn.ModuleList | None = None
-        if downsampling == "conv":
+        if downsampling in ("conv", "plain"):
             downsampler: nn.Module = Downsample2D(
-                out_channels, use_conv=True, padding=downsample_padding
+                out_channels, use_conv=downsampling == "conv", padding=downsample_padding
             )
             self.downsamplers = nn.ModuleList([downsampler])
         elif downsampling == "resnet":
@@ -279,7 +279,7 @@ class UNetUpBlock2D(_Level):
         out_channels: channels of its output and of the other feature maps.
         num_layers: number of residual blocks.
         resnet, attention: options of the residual blocks, and of the attention after each.
-        upsampling: "conv", "resnet", or None to keep the resolution.
+        upsampling: "conv", "resnet", "plain" (repetition), or None to keep the resolution.
     """
 
     def __init__(
@@ -297,8 +297,9 @@ class UNetUpBlock2D(_Level):
         channels = [(a + b, out_channels) for a, b in zip(before, skipped, strict=True)]
         super().__init__(channels, resnet, attention)
         self.upsamplers: nn.ModuleList | None = None
-        if upsampling == "conv":
-            self.upsamplers = nn.ModuleList([Upsample2D(out_channels, use_conv=True)])
+        if upsampling in ("conv", "plain"):
+            with_conv = upsampling == "conv"
+            self.upsamplers = nn.ModuleList([Upsample2D(out_channels, use_conv=with_conv)])
         elif upsampling == "resnet":
             self.upsamplers = nn.ModuleList([resnet.build(out_channels, out_channels, up=True)])
 

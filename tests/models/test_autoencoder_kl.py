@@ -238,6 +238,23 @@ def test_a_plain_autoencoder_has_no_posterior(tmp_path):
     assert torch.equal(AutoencoderKL.from_pretrained(tmp_path)(x).sample, model(x).sample)
 
 
+def test_the_latents_may_have_another_width_than_the_encoder_gives():
+    model = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        latent_channels=4,
+        embed_dim=2,
+    )
+    assert model.latent_channels == 2
+    posterior = model.encode(torch.randn(1, 3, 8, 8)).latent_dist
+    assert posterior.mean.shape == (1, 2, 4, 4)
+    assert model.decode(posterior.mean).sample.shape == (1, 3, 8, 8)
+    with pytest.raises(ConfigError, match="embed_dim: 2 where latent_channels is 4 needs"):
+        AutoencoderKL(latent_channels=4, embed_dim=2, use_quant_conv=False)
+
+
 def test_the_output_activation_bounds_the_image():
     torch.manual_seed(0)
     model = AutoencoderKL(**PLAIN, output_activation="tanh").eval()

@@ -155,6 +155,22 @@ def test_sizes_that_do_not_halve_evenly() -> None:
     torch.testing.assert_close(ours(sample, 5).sample, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_resampling_without_convolutions_has_no_weights() -> None:
+    model = tiny(resample_with_conv=False)
+    changed = {name for name in tiny().state_dict() if name not in model.state_dict()}
+    assert changed == {
+        f"{block}.0.{sampler}.0.conv.{leaf}"
+        for block, sampler in (("down_blocks", "downsamplers"), ("up_blocks", "upsamplers"))
+        for leaf in ("weight", "bias")
+    }
+    x = torch.randn(1, 8, 8, 8)
+    averages = x.unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean(dim=(3, 5))
+    torch.testing.assert_close(model.down_blocks[0].downsamplers[0](x), averages)
+    repeated = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(model.up_blocks[0].upsamplers[0](x), repeated)
+    assert model(torch.randn(2, 3, 8, 6), 3).sample.shape == (2, 3, 8, 6)
+
+
 def test_channels_last() -> None:
     model, sample = tiny(), torch.randn(2, 3, 8, 8)
     expected = model(sample, 5).sample

@@ -9,6 +9,7 @@ from diffusers.models.autoencoders.vae import Encoder as TheirEncoder
 
 from fastldm.errors import ConfigError
 from fastldm.modules.autoencoder_blocks import (
+    BlockOptions,
     Decoder,
     DownEncoderBlock2D,
     Encoder,
@@ -46,11 +47,37 @@ def test_decoder_is_diffusers(mid_block_add_attention):
 
 def test_levels_change_the_resolution_where_asked():
     x = torch.randn(1, 4, 8, 8)
-    level = {"in_channels": 4, "out_channels": 6, "num_layers": 1, "num_groups": 2}
+    level = {"in_channels": 4, "out_channels": 6, "num_layers": 1, "options": BlockOptions(2)}
     assert DownEncoderBlock2D(**level)(x).shape == (1, 6, 4, 4)
     assert DownEncoderBlock2D(**level, add_downsample=False)(x).shape == (1, 6, 8, 8)
     assert UpDecoderBlock2D(**level)(x).shape == (1, 6, 16, 16)
     assert UpDecoderBlock2D(**level, add_upsample=False)(x).shape == (1, 6, 8, 8)
+
+
+def test_resampling_without_convolutions_averages_and_repeats():
+    torch.manual_seed(0)
+    options = BlockOptions(2, resample_with_conv=False)
+    x = torch.randn(1, 4, 8, 8)
+    down = DownEncoderBlock2D(4, 6, 1, options)
+    assert not list(down.downsamplers.parameters())
+    averages = down.resnets[0](x).unflatten(3, (4, 2)).unflatten(2, (4, 2)).mean(dim=(3, 5))
+    torch.testing.assert_close(down(x), averages)
+    up = UpDecoderBlock2D(4, 6, 1, options)
+    assert not list(up.upsamplers.parameters())
+    repeated = up.resnets[0](x).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert torch.equal(up(x), repeated)
+
+
+def test_dropout_reaches_every_residual_block():
+    encoder = Encoder(3, 4, down_block_types=DOWN, **SHARED, dropout=0.5)
+    decoder = Decoder(4, 3, up_block_types=UP, **SHARED, dropout=0.5)
+    rates = [
+        module.p
+        for part in (encoder, decoder)
+        for name, module in part.named_modules()
+        if name.endswith(".dropout")
+    ]
+    assert rates == [0.5] * (2 * 2 + 2 + 2 * 3 + 2)
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])
@@ -83,3 +110,7 @@ def test_unknown_and_ill_fitting_levels_are_refused():
         Encoder(3, 4, down_block_types=DOWN[:1], **SHARED)
     with pytest.raises(ConfigError, match=r"up_block_types: expected .* got 'DownEncoderBlock2D'"):
         Decoder(3, 4, up_block_types=("DownEncoderBlock2D",) * 2, **SHARED)
+    with pytest.raises(ConfigError, match=r"attention_type: expected .* got 'gated'"):
+        Encoder(3, 4, down_block_types=DOWN, **SHARED, attention_type="gated")
+    with pytest.raises(ConfigError, match=r"norm_type: the spatial norm .* got 0\.0 and 'linear'"):
+        Decoder(3, 4, up_block_types=UP, **SHARED, spatial_norm=True, attention_type="linear")
