@@ -8,6 +8,8 @@ import shutil
 import stat
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -50,11 +52,11 @@ def _fake_toolkit(home: Path, release: str = "13.0") -> Path:
 
 
 def _copy_of_the_sources(folder: Path) -> Path:
-    for name in ("csrc", "fastldm"):
+    for name in ("configs", "csrc", "fastldm"):
         shutil.copytree(
             ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__")
         )
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE"):
         shutil.copy(ROOT / name, folder)
     (folder / "README.md").write_text("fastldm\n")
     return folder
@@ -185,3 +187,31 @@ def test_an_installation_whose_build_fails_goes_on(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "the extension is not built, the operators run on the reference" in result.stderr
     assert not list((folder / "fastldm").glob("*.so"))
+
+
+def test_what_is_packed_is_whole(tmp_path: Path) -> None:
+    """A source distribution that builds elsewhere; a wheel with its data and configurations."""
+    folder = _copy_of_the_sources(tmp_path / "sources")
+    subprocess.run(
+        [sys.executable, "setup.py", "sdist", "-d", "dist", "bdist_wheel", "-d", "dist"],
+        cwd=folder,
+        env={**os.environ, "FASTLDM_BUILD": "none"},
+        capture_output=True,
+        check=True,
+    )
+    (source,) = (folder / "dist").glob("*.tar.gz")
+    (wheel,) = (folder / "dist").glob("*.whl")
+    with tarfile.open(source) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    with zipfile.ZipFile(wheel) as archive:
+        installed = set(archive.namelist())
+
+    def files(name: str) -> set[str]:
+        found = (path for path in (ROOT / name).rglob("*") if path.is_file())
+        unwanted = (".so", ".pyc")
+        return {str(path.relative_to(ROOT)) for path in found if path.suffix not in unwanted}
+
+    assert packed >= files("csrc") | files("configs") | files("fastldm")
+    assert installed >= files("fastldm")
+    data = {name.partition(".data/data/share/fastldm/")[2] for name in installed}
+    assert data >= files("configs")

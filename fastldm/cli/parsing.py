@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
 from typing import Any, TypeVar
 
 from fastldm.cli.messages import plain_message
@@ -13,6 +14,10 @@ from fastldm.errors import ConfigError, FastLDMError
 _Config = TypeVar("_Config")
 _STRICT = ("--strict", "--data.strict=true")
 """A flag, and what it is short for."""
+_CONFIG = "--config="
+_SHIPPED = "configs/"
+_INSTALLED = "share/fastldm/"
+"""Where an installation puts the folder `_SHIPPED`; pyproject.toml says so, too."""
 
 
 def parse_config(
@@ -31,7 +36,7 @@ def parse_config(
         SystemExit: ``--help`` was asked for and shown.
     """
     parser = build_parser(kind, command, description)
-    words = [_STRICT[1] if word == _STRICT[0] else word for word in arguments]
+    words = list(_words(arguments))
     try:
         namespace = parser.parse_args(words)
         # FastLDM's own errors are raised in the dataclasses' checks.
@@ -59,6 +64,35 @@ def build_parser(kind: type, command: str, description: str) -> Any:
     return parser
 
 
+def find_config(path: str) -> str:
+    """The path itself, or that of a file of ours where there is none of its name.
+
+    So ``configs/examples/folder-kl.yaml`` is found from every folder: beside the package in a
+    checkout, and where the installer put it elsewhere.
+    """
+    if not path.startswith(_SHIPPED) or Path(path).is_file():
+        return path
+    beside = Path(__file__).parents[2] / path
+    if beside.is_file():
+        return str(beside)
+    for file in metadata.files("fastldm") or ():
+        if file.as_posix().endswith(_INSTALLED + path):
+            return str(file.locate())
+    return path
+
+
+def _words(arguments: Sequence[str]) -> Iterator[str]:
+    """The arguments with flags written out, and each configuration file as one word."""
+    rest = iter(arguments)
+    for word in rest:
+        if word == _STRICT[0]:
+            yield _STRICT[1]
+        elif word.startswith(_CONFIG) or word == _CONFIG[:-1]:
+            path = word.removeprefix(_CONFIG) if word.startswith(_CONFIG) else next(rest, None)
+            yield _CONFIG[:-1] if path is None else _CONFIG + find_config(path)
+        else:
+            yield word
+
+
 def _config_files(words: list[str]) -> list[str]:
-    files = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    return files + [after for word, after in pairwise(words) if word == "--config"]
+    return [word.removeprefix(_CONFIG) for word in words if word.startswith(_CONFIG)]

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastldm.cli.parsing import parse_config
+from fastldm.cli import parsing
+from fastldm.cli.parsing import find_config, parse_config
 from fastldm.schedulers import DDIMScheduler
 from fastldm.training import AutoencoderTrainingConfig, LatentDiffusionTrainingConfig
 from fastldm.training.registry import (
@@ -112,3 +113,38 @@ def test_demo_and_examples(name: str, kind: Any) -> None:
     config = read(kind, name)
     part = config.model if kind is AutoencoderTrainingConfig else config.unet
     assert size(part, FIRST_STAGES + UNETS) > 0
+
+
+def test_our_files_are_found_from_every_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "configs/examples/folder-kl.yaml"
+    monkeypatch.chdir(tmp_path)
+    assert find_config(name) == str(CONFIGS.parent / name)
+    assert find_config("examples/folder-kl.yaml") == "examples/folder-kl.yaml"
+    options = ["--data.source", "photos", "--output_dir", "out"]
+    for words in (["--config", name], [f"--config={name}"]):
+        config = parse_config(
+            AutoencoderTrainingConfig, [*words, *options], "train-autoencoder", ""
+        )
+        assert config.output_dir == "out"
+        assert config.model.config["latent_channels"] == 4
+    own = tmp_path / name
+    own.parent.mkdir(parents=True)
+    own.touch()
+    assert find_config(name) == name
+
+
+def test_an_installation_brings_our_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip lays out a wheel: the package in one folder, its data in another."""
+    name = "configs/examples/folder-kl.yaml"
+    packages = tmp_path / "lib" / "site-packages"
+    information = packages / "fastldm-0.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: fastldm\nVersion: 0\n")
+    (information / "RECORD").write_text(f"../../share/fastldm/{name},,\n")
+    monkeypatch.syspath_prepend(packages)
+    monkeypatch.setattr(parsing, "__file__", str(packages / "fastldm" / "cli" / "parsing.py"))
+    monkeypatch.chdir(tmp_path)
+    assert Path(find_config(name)).resolve() == tmp_path / "share" / "fastldm" / name
+    assert find_config("configs/none.yaml") == "configs/none.yaml"
