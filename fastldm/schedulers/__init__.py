@@ -5,6 +5,8 @@ from fastldm.schedulers.betas import make_betas, rescale_zero_terminal_snr
 from fastldm.schedulers.ddim import DDIMScheduler, DDIMSchedulerOutput
 from fastldm.schedulers.ddpm import DDPMScheduler, DDPMSchedulerOutput
 from fastldm.schedulers.diffusion import DiffusionScheduler
+from fastldm.schedulers.noise_scheduler import NoiseScheduler
+from fastldm.schedulers.timesteps import spaced_timesteps
 
 __all__ = [
     "DDIMScheduler",
@@ -12,8 +14,10 @@ __all__ = [
     "DDPMScheduler",
     "DDPMSchedulerOutput",
     "DiffusionScheduler",
+    "NoiseScheduler",
     "SchedulerMixin",
     "make_betas",
     "randn",
     "rescale_zero_terminal_snr",
+    "spaced_timesteps",
 ]

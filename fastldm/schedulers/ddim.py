@@ -14,7 +14,7 @@ from fastldm.errors import ConfigError
 from fastldm.ops import ddim_coefficients, ddim_step
 from fastldm.outputs import BaseOutput
 from fastldm.schedulers.diffusion import DiffusionScheduler, noise_arguments
-from fastldm.schedulers.timesteps import spaced_timesteps
+from fastldm.schedulers.timesteps import COMPVIS_SPACINGS
 
 
 @dataclass
@@ -30,9 +30,8 @@ class DDIMSchedulerOutput(BaseOutput):
 class DDIMScheduler(DiffusionScheduler):
     """DDIM, with diffusers' fields and defaults.
 
-    CompVis's samplers are ``beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
-    set_alpha_to_one=False``; where T is no multiple of S, they visit more than S time steps, here
-    it is always S.
+    CompVis's sampler is ``beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
+    set_alpha_to_one=False, timestep_spacing="uniform", schedule_dtype="float64"``.
 
     Args:
         num_train_timesteps: T.
@@ -40,11 +39,11 @@ class DDIMScheduler(DiffusionScheduler):
         clip_sample, clip_sample_range: clip x₀ to ±`clip_sample_range`.
         set_alpha_to_one: the last step leads to ᾱ = 1 (x₀); otherwise to ᾱ of the first training
             time step.
-        steps_offset: added to ``"leading"`` time steps.
+        steps_offset: added to the time steps, see `fastldm.schedulers.spaced_timesteps`.
         prediction_type: ``"epsilon"``, ``"sample"`` or ``"v_prediction"``.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x₀
             (2205.11487) in place of clipping.
-        timestep_spacing: ``"leading"``, ``"linspace"`` or ``"trailing"`` (2305.08891, table 2).
+        timestep_spacing: as in `fastldm.schedulers.spaced_timesteps`.
         rescale_betas_zero_snr: zero-terminal SNR (2305.08891, algorithm 1).
         schedule_dtype: ``"float32"`` computes the schedule as diffusers does, ``"float64"`` as
             CompVis does.
@@ -73,23 +72,8 @@ class DDIMScheduler(DiffusionScheduler):
         rescale_betas_zero_snr: bool = False,
         schedule_dtype: str = "float32",
     ) -> None:
-        self._set_schedule(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            prediction_type=prediction_type,
-            clip_sample=clip_sample,
-            clip_sample_range=clip_sample_range,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            sample_max_value=sample_max_value,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-            schedule_dtype=schedule_dtype,
-        )
+        self._set_schedule()
+        self._set_limits()
         self.final_alpha_cumprod = (
             torch.ones_like(self.alphas_cumprod[0]) if set_alpha_to_one else self.alphas_cumprod[0]
         )
@@ -106,30 +90,41 @@ class DDIMScheduler(DiffusionScheduler):
         Raises:
             ConfigError: `num_inference_steps` is not an integer from 1 to T.
         """
-        timesteps = spaced_timesteps(
-            num_inference_steps, self.num_train_timesteps, self.timestep_spacing, self.steps_offset
-        )
+        timesteps = self._spaced_timesteps(num_inference_steps)
         self.num_inference_steps = len(timesteps)
         self.timesteps = timesteps.to(device)
 
     def previous_timestep(self, timestep: int) -> int:
-        """``timestep − ⌊T/S⌋``; negative for the last step.
+        """``timestep − ⌊T/S⌋``, with CompVis's spacings the one visited next; negative for x₀.
 
         Raises:
-            ConfigError: `set_timesteps` has not been called.
+            ConfigError: `set_timesteps` has not been called, or a CompVis run does not visit
+                `timestep`.
         """
+        if self.config.timestep_spacing in COMPVIS_SPACINGS:
+            return super().previous_timestep(timestep)
         return timestep - self._stride()
 
     def _stride(self) -> int:
+        return self.num_train_timesteps // self._run_length()
+
+    def _run_length(self) -> int:
         if self.num_inference_steps is None:
             raise ConfigError("num_inference_steps: not set; call set_timesteps before step")
-        return self.num_train_timesteps // self.num_inference_steps
+        return self.num_inference_steps
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        if self.config.timestep_spacing in COMPVIS_SPACINGS:
+            self._run_length()
+            return super()._pairs()
+        every = torch.arange(self.num_train_timesteps, device=self.alphas_cumprod.device)
+        return every, every - self._stride()
 
     def _make_table(self, eta: float) -> Tensor:
-        alphas, final = self.alphas_cumprod, self.final_alpha_cumprod
-        stride = self._stride()
-        alphas_prev = torch.cat((final.to(alphas).expand(stride), alphas[:-stride]))
-        return ddim_coefficients(alphas, alphas_prev, eta)
+        visited, previous = self._pairs()
+        alphas_prev = self._alphas_of(previous, self.final_alpha_cumprod)
+        rows = ddim_coefficients(self.alphas_cumprod[visited], alphas_prev, eta)
+        return self._tabulate(visited, rows)
 
     def step(
         self,

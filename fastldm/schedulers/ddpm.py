@@ -11,11 +11,11 @@ from torch import Tensor
 
 from fastldm.configuration import register_to_config
 from fastldm.errors import ConfigError
-from fastldm.ops import LEARNED_VARIANCE_TYPES, VARIANCE_TYPES, ddpm_coefficients, ddpm_step
+from fastldm.ops import VARIANCE_TYPES, ddpm_coefficients, ddpm_step
 from fastldm.outputs import BaseOutput
 from fastldm.schedulers.checks import check_choice
 from fastldm.schedulers.diffusion import DiffusionScheduler, noise_arguments, stays_on_device
-from fastldm.schedulers.timesteps import custom_timesteps, spaced_timesteps
+from fastldm.schedulers.timesteps import custom_timesteps
 
 
 @dataclass
@@ -43,8 +43,8 @@ class DDPMScheduler(DiffusionScheduler):
         prediction_type: ``"epsilon"``, ``"sample"`` or ``"v_prediction"``.
         thresholding, dynamic_thresholding_ratio, sample_max_value: dynamic thresholding of x₀
             (2205.11487) in place of clipping.
-        timestep_spacing: ``"leading"``, ``"linspace"`` or ``"trailing"`` (2305.08891, table 2).
-        steps_offset: added to ``"leading"`` time steps.
+        timestep_spacing: as in `fastldm.schedulers.spaced_timesteps`.
+        steps_offset: added to the time steps, see `fastldm.schedulers.spaced_timesteps`.
         rescale_betas_zero_snr: zero-terminal SNR (2305.08891, algorithm 1).
         schedule_dtype: ``"float32"`` computes the schedule as diffusers does, ``"float64"`` as
             CompVis does.
@@ -74,25 +74,10 @@ class DDPMScheduler(DiffusionScheduler):
         schedule_dtype: str = "float32",
     ) -> None:
         check_choice("variance_type", variance_type, VARIANCE_TYPES)
+        self._set_schedule()
+        self._set_limits()
         self.variance_type = variance_type
         self.custom_timesteps = False
-        self._set_schedule(
-            num_train_timesteps=num_train_timesteps,
-            beta_start=beta_start,
-            beta_end=beta_end,
-            beta_schedule=beta_schedule,
-            trained_betas=trained_betas,
-            prediction_type=prediction_type,
-            clip_sample=clip_sample,
-            clip_sample_range=clip_sample_range,
-            thresholding=thresholding,
-            dynamic_thresholding_ratio=dynamic_thresholding_ratio,
-            sample_max_value=sample_max_value,
-            timestep_spacing=timestep_spacing,
-            steps_offset=steps_offset,
-            rescale_betas_zero_snr=rescale_betas_zero_snr,
-            schedule_dtype=schedule_dtype,
-        )
 
     def set_timesteps(
         self,
@@ -117,43 +102,19 @@ class DDPMScheduler(DiffusionScheduler):
         if timesteps is not None:
             chosen = custom_timesteps(timesteps, self.num_train_timesteps)
         elif num_inference_steps is not None:
-            chosen = spaced_timesteps(
-                num_inference_steps,
-                self.num_train_timesteps,
-                self.timestep_spacing,
-                self.steps_offset,
-            )
+            chosen = self._spaced_timesteps(num_inference_steps)
             self.num_inference_steps = len(chosen)
         self.timesteps = chosen.to(device)
 
-    def previous_timestep(self, timestep: int) -> int:
-        """The time step visited after `timestep`; −1 after the last.
-
-        Raises:
-            ConfigError: `timestep` is not in `timesteps`.
-        """
-        if timestep not in self._successors:
-            raise ConfigError(
-                f"timestep: got {timestep}; accepted: one of the {len(self._successors)} in "
-                "`timesteps`, which set_timesteps chose"
-            )
-        return self._successors[timestep]
-
     def _make_table(self, eta: float) -> Tensor:
-        alphas = self.alphas_cumprod
-        visited = torch.tensor(list(self._successors), device=alphas.device)
-        previous = torch.tensor(list(self._successors.values()), device=alphas.device)
-        alphas_prev = alphas[previous.clamp(min=0)]
+        visited, previous = self._pairs()
         rows = ddpm_coefficients(
-            alphas[visited],
-            torch.where(previous >= 0, alphas_prev, torch.ones_like(alphas_prev)),
+            self.alphas_cumprod[visited],
+            self._alphas_of(previous, torch.ones(())),
             self.variance_type,
             add_noise=visited > 0,
         )
-        # A time step given as a device tensor is not checked, so one that is not visited must show.
-        table = rows.new_full((self.num_train_timesteps, rows.shape[1]), float("nan"))
-        table[visited] = rows
-        return table
+        return self._tabulate(visited, rows)
 
     def step(
         self,
@@ -219,16 +180,3 @@ class DDPMScheduler(DiffusionScheduler):
         if not return_dict:
             return output.prev_sample, output.pred_original_sample
         return DDPMSchedulerOutput(*output)
-
-    def _split_variance(self, model_output: Tensor, sample: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Split the channels of a model that predicts its variance too."""
-        if self.variance_type not in LEARNED_VARIANCE_TYPES:
-            return model_output, None
-        channels = sample.shape[1]
-        if model_output.shape[1] != 2 * channels:
-            raise ConfigError(
-                f"model_output: got {model_output.shape[1]} channels; accepted: {2 * channels}, "
-                f"twice those of sample, with variance_type {self.variance_type!r}"
-            )
-        prediction, variance = model_output.split(channels, dim=1)
-        return prediction, variance

@@ -11,16 +11,12 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
-from fastldm.ops import PREDICTION_TYPES, dynamic_threshold, predict_original_sample
-from fastldm.schedulers.base import SchedulerMixin, randn
-from fastldm.schedulers.betas import make_betas, rescale_zero_terminal_snr
-from fastldm.schedulers.checks import HUGE, TINY, check_choice, check_integer, check_number
-from fastldm.schedulers.timesteps import TIMESTEP_SPACINGS
-
-_SCHEDULE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+from fastldm.schedulers.base import randn
+from fastldm.schedulers.noise_scheduler import NoiseScheduler, compute_dtype
+from fastldm.schedulers.timesteps import COMPVIS_SPACINGS, TIMESTEP_SPACINGS, spaced_timesteps
 
 
-class DiffusionScheduler(SchedulerMixin, ABC):
+class DiffusionScheduler(NoiseScheduler, ABC):
     """Base of the schedulers whose step is one of the fused operators.
 
     The scalars of the steps from every training time step are tabulated once a sampling run on
@@ -36,54 +32,11 @@ class DiffusionScheduler(SchedulerMixin, ABC):
     """
 
     init_noise_sigma = 1.0
+    timestep_spacings = (*TIMESTEP_SPACINGS, *COMPVIS_SPACINGS)
 
-    def _set_schedule(
-        self,
-        *,
-        num_train_timesteps: int,
-        beta_start: float,
-        beta_end: float,
-        beta_schedule: str,
-        trained_betas: Sequence[float] | None,
-        prediction_type: str,
-        clip_sample: bool,
-        clip_sample_range: float,
-        thresholding: bool,
-        dynamic_thresholding_ratio: float,
-        sample_max_value: float,
-        timestep_spacing: str,
-        steps_offset: int,
-        rescale_betas_zero_snr: bool,
-        schedule_dtype: str,
-    ) -> None:
-        """Take over the fields that the schedulers have in common, and check them."""
-        check_integer("num_train_timesteps", num_train_timesteps, minimum=1)
-        check_integer("steps_offset", steps_offset, minimum=0)
-        check_choice("prediction_type", prediction_type, PREDICTION_TYPES)
-        check_choice("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS)
-        check_choice("schedule_dtype", schedule_dtype, tuple(_SCHEDULE_DTYPES))
-        check_number("clip_sample_range", clip_sample_range, TINY, HUGE)
-        check_number("sample_max_value", sample_max_value, TINY, HUGE)
-        check_number("dynamic_thresholding_ratio", dynamic_thresholding_ratio, 0, 1)
-        self.num_train_timesteps = num_train_timesteps
-        self.prediction_type = prediction_type
-        self.clip_range = float(clip_sample_range) if clip_sample else None
-        self.thresholding = thresholding
-        self.dynamic_thresholding_ratio = float(dynamic_thresholding_ratio)
-        self.sample_max_value = float(sample_max_value)
-        self.timestep_spacing = timestep_spacing
-        self.steps_offset = steps_offset
-        dtype = _SCHEDULE_DTYPES[schedule_dtype]
-        betas = make_betas(
-            beta_schedule, beta_start, beta_end, num_train_timesteps, trained_betas, dtype=dtype
-        )
-        if trained_betas is not None:
-            self.register_config(trained_betas=[float(beta) for beta in trained_betas])
-        self.betas = rescale_zero_terminal_snr(betas) if rescale_betas_zero_snr else betas
-        self.alphas = 1.0 - self.betas
-        self.alphas_cumprod = self.alphas.cumprod(dim=0)
-        self.num_inference_steps: int | None = None
-        self.timesteps = torch.arange(num_train_timesteps - 1, -1, -1)
+    def _set_schedule(self) -> None:
+        super()._set_schedule()
+        self.timesteps = torch.arange(self.num_train_timesteps - 1, -1, -1)
 
     @property
     def alphas_cumprod(self) -> Tensor:
@@ -107,12 +60,13 @@ class DiffusionScheduler(SchedulerMixin, ABC):
         self._successors: dict[int, int] = dict(zip(visited, [*visited[1:], -1], strict=True))
         self._tables = {}
 
-    def __len__(self) -> int:
-        return self.num_train_timesteps
-
-    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
-        """The model's input at a time step: `sample` itself, in these schedulers."""
-        return sample
+    def _spaced_timesteps(self, num_inference_steps: int) -> Tensor:
+        return spaced_timesteps(
+            num_inference_steps,
+            self.num_train_timesteps,
+            self.config.timestep_spacing,
+            self.config.steps_offset,
+        )
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Sample q(x_t | x₀) = √ᾱ_t·x₀ + √(1−ᾱ_t)·noise (2006.11239, eq. 4).
@@ -146,7 +100,7 @@ class DiffusionScheduler(SchedulerMixin, ABC):
 
     def _forward_scalars(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """√ᾱ_t and √(1−ᾱ_t), broadcastable against `like`, in float32 or float64."""
-        dtype = _compute_dtype(like)
+        dtype = compute_dtype(like)
         key = ("alphas_cumprod", like.device, dtype)
         if key not in self._tables:
             self._tables[key] = self.alphas_cumprod.to(like.device, dtype)
@@ -154,23 +108,48 @@ class DiffusionScheduler(SchedulerMixin, ABC):
         alpha = alpha.reshape(-1, *(1,) * (like.ndim - 1))
         return alpha.sqrt(), (1 - alpha).sqrt()
 
-    @abstractmethod
     def previous_timestep(self, timestep: int) -> int:
         """The time step that a step from `timestep` leads to; negative for x₀.
 
         Raises:
-            ConfigError: `timestep` is not one of the schedule's.
+            ConfigError: `timestep` is not one that the run visits.
         """
+        if timestep not in self._successors:
+            raise ConfigError(
+                f"timestep: got {timestep}; accepted: one of the {len(self._successors)} in "
+                "`timesteps`, which set_timesteps chose"
+            )
+        return self._successors[timestep]
+
+    def _pairs(self) -> tuple[Tensor, Tensor]:
+        """The time steps that steps start from, and those that they lead to, int64 [n] each."""
+        device = self.alphas_cumprod.device
+        visited = torch.tensor(list(self._successors), device=device)
+        return visited, torch.tensor(list(self._successors.values()), device=device)
+
+    def _alphas_of(self, timesteps: Tensor, final_alpha: Tensor) -> Tensor:
+        """ᾱ of time steps; `final_alpha` where they are negative."""
+        alphas = self.alphas_cumprod[timesteps.clamp(min=0)]
+        return torch.where(timesteps >= 0, alphas, final_alpha.to(alphas))
+
+    def _tabulate(self, visited: Tensor, rows: Tensor) -> Tensor:
+        """The rows of `visited` time steps among those of all, [T, K].
+
+        A time step given as a device tensor is not checked, so one that is not visited must show.
+        """
+        table = rows.new_full((self.num_train_timesteps, rows.shape[1]), float("nan"))
+        table[visited] = rows
+        return table
 
     @abstractmethod
     def _make_table(self, eta: float) -> Tensor:
-        """The scalars of the steps from all training time steps, [T, K] in `schedule_dtype`."""
+        """The scalars of the steps from all training time steps, [T, K]."""
 
     def _coefficients(self, timestep: int | Tensor, sample: Tensor, eta: float = 0.0) -> Tensor:
         """The scalars of the step from `timestep`: [K], or [B, K] for time steps [B]."""
         if isinstance(timestep, Tensor) and timestep.shape == (1,):
             timestep = timestep[0]
-        dtype = _compute_dtype(sample)
+        dtype = compute_dtype(sample)
         key = (eta, sample.device, dtype)
         if key not in self._tables:
             self._tables[key] = self._make_table(eta).to(sample.device, dtype)
@@ -192,24 +171,6 @@ class DiffusionScheduler(SchedulerMixin, ABC):
             )
         self.previous_timestep(value)
         return value
-
-    def _limits(
-        self,
-        sample: Tensor,
-        model_output: Tensor,
-        coefficients: Tensor,
-        guidance: dict[str, Any],
-    ) -> dict[str, Any]:
-        """The arguments by which a step operator clips x₀ as the config says."""
-        if not self.thresholding:
-            return {"clip_range": self.clip_range}
-        original = predict_original_sample(
-            sample, model_output, coefficients, prediction_type=self.prediction_type, **guidance
-        )
-        threshold = dynamic_threshold(
-            original, self.dynamic_thresholding_ratio, self.sample_max_value
-        )
-        return {"threshold": threshold}
 
 
 def noise_arguments(
@@ -236,10 +197,6 @@ def noise_arguments(
             model_output.shape, generator, model_output.device, model_output.dtype
         )
     return {"noise": variance_noise}
-
-
-def _compute_dtype(sample: Tensor) -> torch.dtype:
-    return torch.float64 if sample.dtype == torch.float64 else torch.float32
 
 
 def stays_on_device(timestep: int | Tensor) -> TypeGuard[Tensor]:

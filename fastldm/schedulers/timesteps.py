@@ -13,39 +13,50 @@ from torch import Tensor
 from fastldm.errors import ConfigError
 
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
+COMPVIS_SPACINGS = ("uniform", "quad")
+"""Those of CompVis's samplers, which need not visit the number of time steps asked for."""
 
 
 def spaced_timesteps(
     num_inference_steps: int, num_train_timesteps: int, timestep_spacing: str, steps_offset: int = 0
 ) -> Tensor:
-    """`num_inference_steps` time steps in descending order (2305.08891, table 2).
+    """Time steps in descending order (2305.08891, table 2, and CompVis's samplers).
 
     Args:
         num_inference_steps: S, from 1 to T.
         num_train_timesteps: T.
-        timestep_spacing: ``"leading"`` visits multiples of ⌊T/S⌋ from 0, ``"linspace"`` spans 0 to
-            T − 1 inclusively, ``"trailing"`` visits T − 1 and every T/S-th before it.
-        steps_offset: added to leading time steps, as far as the first of them stays below T.
-            CompVis's samplers visit ``"leading"`` time steps with an offset of 1.
+        timestep_spacing: ``"leading"`` visits S multiples of ⌊T/S⌋ from 0, ``"linspace"`` spans 0
+            to T − 1 inclusively, ``"trailing"`` visits T − 1 and every T/S-th before it.
+            ``"uniform"`` is CompVis's: all multiples of ⌊T/S⌋ below T, which are more than S where
+            S does not divide T (S = 400 of T = 1000 gives 500). ``"quad"`` is CompVis's, too:
+            ⌊i²·0.8·T/(S−1)²⌋ for i < S, each once, which are fewer than S where S is large.
+        steps_offset: added to all but linspace and trailing time steps, as far as the first of
+            them stays below T. CompVis's samplers have an offset of 1.
 
     Returns:
-        int64 [S].
+        int64 [S], or another number with CompVis's spacings.
 
     Raises:
         ConfigError: `num_inference_steps` is not an integer from 1 to T.
     """
     steps, total = _step_count(num_inference_steps, num_train_timesteps), num_train_timesteps
-    values: np.ndarray
     if timestep_spacing == "linspace":
-        values = np.linspace(0, total - 1, steps).round()[::-1]
-    elif timestep_spacing == "leading":
-        ratio = total // steps
-        offset = min(steps_offset, total - 1 - (steps - 1) * ratio)
-        values = (np.arange(steps) * ratio + offset)[::-1]
-    else:
+        return _descending(np.linspace(0, total - 1, steps).round())
+    if timestep_spacing == "trailing":
         # The range's own length is off by one for some S, where rounding lets it reach 0.
-        values = np.round(np.arange(total, 0, -total / steps)[:steps]) - 1
-    return torch.from_numpy(values.astype(np.int64))
+        return _descending((np.arange(total, 0, -total / steps)[:steps].round() - 1)[::-1])
+    if timestep_spacing == "leading":
+        values = np.arange(steps) * (total // steps)
+    elif timestep_spacing == "uniform":
+        values = np.arange(0, total, total // steps)
+    else:
+        # Repeated time steps change nothing in DDIM: the sample stays where it is.
+        values = np.unique((np.linspace(0, np.sqrt(0.8 * total), steps) ** 2).astype(np.int64))
+    return _descending(values + min(steps_offset, total - 1 - int(values[-1])))
+
+
+def _descending(ascending: np.ndarray) -> Tensor:
+    return torch.from_numpy(ascending[::-1].astype(np.int64))
 
 
 def custom_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> Tensor:

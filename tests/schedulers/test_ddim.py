@@ -73,12 +73,17 @@ def test_clipped_epsilon_prediction_at_zero_snr(trajectory, assert_equal_traject
     assert_equal_trajectories(trajectory(ours, 7), trajectory(theirs, 7))
 
 
-@pytest.mark.parametrize("steps", [5, 20, 100])
+@pytest.mark.parametrize(("steps", "spacing"), [
+    (5, "uniform"), (20, "uniform"), (400, "uniform"), (20, "leading"),
+    (50, "quad"), (200, "quad"),
+])  # fmt: skip
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_compvis_sampler_in_float64(steps, eta):
-    """CompVis's DDIM: schedule in float64, time steps k·(T/S) + 1, last ᾱ_prev = ᾱ[0]."""
+def test_compvis_sampler_in_float64(steps, spacing, eta):
+    """CompVis's DDIM: schedule in float64, time steps k·⌊T/S⌋ + 1, last ᾱ_prev = ᾱ[0]."""
     alphas = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
     visited = np.arange(0, 1000, 1000 // steps) + 1
+    if spacing == "quad":
+        visited = np.unique((np.linspace(0, np.sqrt(800), steps) ** 2).astype(int) + 1)
     alphas_prev = np.concatenate(([alphas[0]], alphas[visited[:-1]]))
     scheduler = DDIMScheduler(
         beta_start=0.0015,
@@ -87,6 +92,7 @@ def test_compvis_sampler_in_float64(steps, eta):
         clip_sample=False,
         steps_offset=1,
         set_alpha_to_one=False,
+        timestep_spacing=spacing,
         schedule_dtype="float64",
     )
     scheduler.set_timesteps(steps)
@@ -94,7 +100,7 @@ def test_compvis_sampler_in_float64(steps, eta):
     generator = np.random.default_rng(0)
     x = generator.standard_normal((1, 2, 3, 3))
     sample = torch.from_numpy(x)
-    for index, timestep in zip(range(steps)[::-1], scheduler.timesteps, strict=True):
+    for index, timestep in zip(range(len(visited))[::-1], scheduler.timesteps, strict=True):
         noise = generator.standard_normal(x.shape)
         a, a_prev = alphas[visited[index]], alphas_prev[index]
         sigma = eta * np.sqrt((1 - a_prev) / (1 - a) * (1 - a / a_prev))

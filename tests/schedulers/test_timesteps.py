@@ -9,7 +9,12 @@ import torch
 
 from fastldm.errors import ConfigError
 from fastldm.schedulers import DDIMScheduler
-from fastldm.schedulers.timesteps import TIMESTEP_SPACINGS, custom_timesteps, spaced_timesteps
+from fastldm.schedulers.timesteps import (
+    COMPVIS_SPACINGS,
+    TIMESTEP_SPACINGS,
+    custom_timesteps,
+    spaced_timesteps,
+)
 
 
 @pytest.mark.parametrize("offset", [0, 1])
@@ -29,7 +34,7 @@ def test_every_number_of_steps(spacing, offset):
             assert torch.equal(ours, theirs.timesteps[theirs.timesteps >= 0]), steps
 
 
-@pytest.mark.parametrize("spacing", TIMESTEP_SPACINGS)
+@pytest.mark.parametrize("spacing", [*TIMESTEP_SPACINGS, *COMPVIS_SPACINGS])
 @pytest.mark.parametrize("to_one", [True, False])
 def test_ddim_steps_are_finite_for_every_number_of_steps(spacing, to_one):
     scheduler = DDIMScheduler(
@@ -44,6 +49,25 @@ def test_ddim_steps_are_finite_for_every_number_of_steps(spacing, to_one):
         for timestep in (scheduler.timesteps[0], scheduler.timesteps[-1]):
             result = scheduler.step(sample, timestep, sample, eta=1.0, variance_noise=sample)
             assert bool(result.prev_sample.isfinite()), (steps, timestep)
+
+
+def compvis_timesteps(spacing, steps):
+    """The time steps of CompVis's samplers, whatever becomes of the last of them."""
+    if spacing == "uniform":
+        return np.arange(0, 1000, 1000 // steps) + 1
+    return (np.linspace(0, np.sqrt(800), steps) ** 2).astype(int) + 1
+
+
+@pytest.mark.parametrize("spacing", COMPVIS_SPACINGS)
+def test_compvis_time_steps_for_every_number_of_steps(spacing):
+    for steps in range(1, 1001):
+        ours = spaced_timesteps(steps, 1000, spacing, 1)
+        original = np.unique(compvis_timesteps(spacing, steps))
+        # The original goes one beyond the training schedule for 599 numbers of uniform steps.
+        beyond = max(0, int(original[-1]) - 999)
+        assert ours.tolist() == (original - beyond)[::-1].tolist(), steps
+    assert len(spaced_timesteps(400, 1000, "uniform", 1)) == 500
+    assert len(spaced_timesteps(300, 1000, "uniform", 1)) == 334
 
 
 def test_shorter_training_schedules():
