@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -11,13 +12,23 @@ from torch import nn
 from fastldm.configuration import ConfigMixin
 from fastldm.errors import CheckpointError, ConfigError, FastLDMError
 from fastldm.models.weights import (
+    Locator,
     check_state_dict,
+    folder_locator,
     make_locator,
     parse_size,
     read_state_dict,
     rename_old_attention_keys,
     write_model_folder,
 )
+from fastldm.storage import load_weights, read_json
+
+_OFF_ONLY = frozenset({
+    # keywords of diffusers' from_pretrained for what is not offered here; None and False are off
+    "disable_mmap", "flashpack_kwargs", "from_flax", "ignore_mismatched_sizes", "max_memory",
+    "offload_folder", "offload_state_dict", "output_loading_info", "parallel_config", "proxies",
+    "quantization_config", "use_flashpack",
+})  # fmt: skip
 
 
 class ModelMixin(nn.Module, ConfigMixin):
@@ -38,6 +49,10 @@ class ModelMixin(nn.Module, ConfigMixin):
         token: str | bool | None = None,
         force_download: bool = False,
         local_files_only: bool = False,
+        use_safetensors: bool | None = None,
+        low_cpu_mem_usage: bool = True,
+        device_map: str | torch.device | Mapping[str, str | torch.device] | None = None,
+        config: Mapping[str, Any] | str | Path | None = None,
         **config_overrides: Any,
     ) -> Self:
         """Build the model from a saved folder or a Hugging Face Hub repository, in eval mode.
@@ -46,50 +61,99 @@ class ModelMixin(nn.Module, ConfigMixin):
         are given the model's dtype (float32), or `torch_dtype`.
 
         Args:
-            pretrained_model_name_or_path: a folder here, or ``owner/name`` on the Hub.
+            pretrained_model_name_or_path: a folder here, ``owner/name`` on the Hub, or one weights
+                file with diffusers' names, whose config is `config` or lies beside it.
             subfolder: the folder inside it that holds the config and the weights.
             torch_dtype: floating-point dtype of the returned model.
             variant: such as ``"fp16"``, to read ``….fp16.safetensors``.
             revision, cache_dir, token, force_download, local_files_only: as huggingface_hub's.
-            config_overrides: replace single fields of the stored config.
+            use_safetensors: True never reads a pickle, not even without running code.
+            low_cpu_mem_usage: diffusers' keyword; memory is only ever taken for the weights that
+                were read, whatever its value.
+            device_map: a device for the whole model, or ``{"": device}``.
+            config: fields, or the folder or file that holds them, in place of the stored config.
+            config_overrides: replace single fields of the config. Other loading keywords of
+                diffusers are accepted while they are off.
 
         Raises:
             CheckpointError: a file is missing, damaged or unsafe, or the weights belong to
                 another architecture.
-            ConfigError: the config has a field or value that this model does not know.
+            ConfigError: the config has a field or value that this model does not know, or an
+                argument has a value that is not listed.
         """
-        if torch_dtype is not None and not (
-            isinstance(torch_dtype, torch.dtype) and torch_dtype.is_floating_point
-        ):
-            raise ConfigError(f"torch_dtype: expected a floating torch.dtype, got {torch_dtype!r}")
-        source = str(Path(pretrained_model_name_or_path, subfolder or ""))
-        locate = make_locator(
-            pretrained_model_name_or_path,
-            subfolder,
-            revision=revision,
-            cache_dir=cache_dir,
-            token=token,
-            force_download=force_download,
-            local_files_only=local_files_only,
-        )
-        config_path = locate(cls.config_name)
-        if config_path is None:
-            raise CheckpointError(f"{source}: no {cls.config_name}")
-        config = cls.load_config(config_path.parent)
-        model = cls._build_for_loading({**config, **config_overrides}, source)
-        state_dict = read_state_dict(locate, cls.weights_name, variant, source)
-        expected = model.state_dict()
+        dtype = _checked_dtype(torch_dtype)
+        device = _whole_device(device_map)
+        _refuse_options(config_overrides)
+        source = Path(pretrained_model_name_or_path, subfolder or "")
+        if source.is_file():
+            locate = folder_locator(source.parent)
+        else:
+            locate = make_locator(
+                pretrained_model_name_or_path,
+                subfolder,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                force_download=force_download,
+                local_files_only=local_files_only,
+            )
+        fields = cls._read_config(locate, config, source)
+        model = cls._build_for_loading({**fields, **config_overrides}, str(source))
+        pickles = use_safetensors is not True
+        if source.is_file():
+            if not pickles and source.suffix != ".safetensors":
+                raise CheckpointError(f"{source}: use_safetensors=True, and it is none")
+            state_dict = load_weights(source)
+        else:
+            state_dict = read_state_dict(
+                locate, cls.weights_name, variant, str(source), pickles=pickles
+            )
+        model._assign(state_dict, str(source), dtype, device)
+        return model.eval()
+
+    @classmethod
+    def _read_config(
+        cls, locate: Locator, config: Mapping[str, Any] | str | Path | None, source: Path
+    ) -> dict[str, Any]:
+        """`config` where it is given, else the config file that `locate` finds."""
+        if isinstance(config, Mapping):
+            return dict(config)
+        if config is not None:
+            path: Path | None = Path(config)
+            path = path / cls.config_name if Path(config).is_dir() else path
+        else:
+            path = locate(cls.config_name)
+        if path is None:
+            beside = " beside it; say with config=… what it is of" if source.is_file() else ""
+            raise CheckpointError(f"{source}: no {cls.config_name}{beside}")
+        fields = read_json(path)
+        if not isinstance(fields, dict):
+            raise ConfigError(
+                f"{path}: expected a JSON object of fields, got {type(fields).__name__}"
+            )
+        return fields
+
+    def _assign(
+        self,
+        state_dict: dict[str, torch.Tensor],
+        source: str,
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> None:
+        """Make the weights of `state_dict` this model's; the dict is used up."""
+        expected = self.state_dict()
         state_dict = rename_old_attention_keys(state_dict, expected)
         check_state_dict(state_dict, expected, source)
-        # Copied, because a weight lies in the file at any address, and CPU kernels round
-        # differently where vectors are not aligned.
-        model.load_state_dict(
-            {name: value.to(expected[name].dtype, copy=True) for name, value in state_dict.items()},
-            assign=True,
-        )
-        if torch_dtype is not None:
-            model.to(torch_dtype)
-        return model.eval()
+        for name, tensor in expected.items():
+            floating = dtype is not None and tensor.is_floating_point()
+            # Copied, because a weight lies in the file at any address, and CPU kernels round
+            # differently where vectors are not aligned.
+            state_dict[name] = state_dict[name].to(
+                device=device, dtype=dtype if floating else tensor.dtype, copy=True
+            )
+        self.load_state_dict(state_dict, assign=True)
+        if device is not None or dtype is not None:
+            self.to(device=device, dtype=dtype)
 
     @classmethod
     def _build_for_loading(cls, config: dict[str, Any], source: str) -> Self:
@@ -187,3 +251,34 @@ class ModelMixin(nn.Module, ConfigMixin):
             raise ConfigError(f"{type(self).__name__} has no gradient checkpointing")
         for module in parts:
             module.gradient_checkpointing = enabled  # type: ignore[assignment]
+
+
+def _checked_dtype(dtype: Any) -> torch.dtype | None:
+    if dtype is None or (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        return dtype
+    raise ConfigError(f"torch_dtype: expected a floating torch.dtype, got {dtype!r}")
+
+
+def _whole_device(device_map: Any) -> torch.device | None:
+    """The one device of a `device_map`."""
+    if isinstance(device_map, Mapping) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None or isinstance(device_map, torch.device):
+        return device_map
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise ConfigError(
+            f"device_map: expected one device, or a dict of '' to one, got {device_map!r}"
+        ) from None
+
+
+def _refuse_options(options: dict[str, Any]) -> None:
+    """Take diffusers' loading keywords out of `options`.
+
+    Raises:
+        ConfigError: one of them asks for something.
+    """
+    for name in _OFF_ONLY & set(options):
+        if options.pop(name) not in (None, False):
+            raise ConfigError(f"{name}: fastldm's from_pretrained does not offer this")

@@ -140,16 +140,24 @@ def index_names(weights_name: str, variant: str | None) -> list[str]:
 
 
 def read_state_dict(
-    locate: Locator, weights_name: str, variant: str | None, source: str
+    locate: Locator,
+    weights_name: str,
+    variant: str | None,
+    source: str,
+    *,
+    pickles: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Tensors of the weights in a model folder.
+
+    Args:
+        pickles: read a ``.bin``, without running code, where there is no safetensors file.
 
     Raises:
         CheckpointError: there are no weights, or a file of them is missing, damaged or unsafe.
     """
     stem = weights_name.rsplit(".", 1)[0]
     looked_for = []
-    for name in (weights_name, f"{stem}.bin"):
+    for name in (weights_name, f"{stem}.bin") if pickles else (weights_name,):
         single = with_variant(name, variant)
         looked_for.append(single)
         path = locate(single)

@@ -79,6 +79,74 @@ def test_floating_weights_take_the_dtype_asked_for(tmp_path):
         Tiny.from_pretrained(tmp_path, torch_dtype=torch.int8)
 
 
+def test_a_weights_file_is_read_with_the_config_beside_it_or_given(tmp_path):
+    model = Tiny(5)
+    model.save_pretrained(tmp_path / "a")
+    file = tmp_path / "a" / Tiny.weights_name
+    assert_same_state(model, Tiny.from_pretrained(file))
+    assert_same_state(model, Tiny.from_pretrained(tmp_path, subfolder=f"a/{file.name}"))
+    alone = file.rename(tmp_path / "alone.safetensors")
+    with pytest.raises(CheckpointError, match=r"alone\.safetensors: no config\.json beside it"):
+        Tiny.from_pretrained(alone)
+    for config in (tmp_path / "a", str(tmp_path / "a" / "config.json"), {"width": 5}):
+        assert_same_state(model, Tiny.from_pretrained(alone, config=config))
+
+
+def test_a_pickle_is_not_read_where_only_safetensors_may_be(tmp_path):
+    model = Tiny()
+    model.save_pretrained(tmp_path)
+    pickled = tmp_path / Tiny.weights_name.replace(".safetensors", ".bin")
+    torch.save(model.state_dict(), pickled)
+    (tmp_path / Tiny.weights_name).unlink()
+    assert_same_state(model, Tiny.from_pretrained(tmp_path, use_safetensors=False))
+    with pytest.raises(CheckpointError, match=r"none of diffusion_pytorch_model\.safetensors or"):
+        Tiny.from_pretrained(tmp_path, use_safetensors=True)
+    with pytest.raises(CheckpointError, match="use_safetensors"):
+        Tiny.from_pretrained(pickled, use_safetensors=True)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_the_keywords_of_diffusers_are_taken_while_they_are_off(tmp_path, low_cpu_mem_usage):
+    model = Tiny()
+    model.save_pretrained(tmp_path)
+    loaded = Tiny.from_pretrained(
+        tmp_path,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+        device_map=None,
+        max_memory=None,
+        offload_state_dict=False,
+        use_flashpack=False,
+    )
+    assert_same_state(model, loaded)
+    with pytest.raises(ConfigError, match="quantization_config: "):
+        Tiny.from_pretrained(tmp_path, quantization_config={"bits": 4})
+
+
+@pytest.mark.parametrize("device_map", ["meta", torch.device("meta"), {"": "meta"}])
+def test_a_device_map_of_one_device_places_the_model(tmp_path, device_map):
+    Tiny(with_table=True).save_pretrained(tmp_path)
+    loaded = Tiny.from_pretrained(tmp_path, device_map=device_map)
+    assert all(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+
+
+@pytest.mark.parametrize("device_map", ["auto", {"": 0, "linear": "cpu"}, 1.5])
+def test_a_device_map_of_several_devices_is_refused(tmp_path, device_map):
+    Tiny().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="device_map: expected one device"):
+        Tiny.from_pretrained(tmp_path, device_map=device_map)
+
+
+def test_loading_takes_no_more_memory_than_the_weights(tmp_path, monkeypatch):
+    Tiny(4).save_pretrained(tmp_path)
+    built = []
+    real = nn.Linear.reset_parameters
+    monkeypatch.setattr(
+        nn.Linear, "reset_parameters", lambda self: built.append(self.weight.is_meta) or real(self)
+    )
+    Tiny.from_pretrained(tmp_path)
+    assert built == [True]
+
+
 def test_overrides_replace_config_fields(tmp_path):
     Tiny().save_pretrained(tmp_path)
     assert Tiny.from_pretrained(tmp_path, with_table=True).config.with_table is True
