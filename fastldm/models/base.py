@@ -156,6 +156,61 @@ class ModelMixin(nn.Module, ConfigMixin):
             self.to(device=device, dtype=dtype)
 
     @classmethod
+    def from_single_file(
+        cls,
+        source: str | Path | Mapping[str, torch.Tensor],
+        *,
+        config: str | Path | Mapping[str, Any] | None = None,
+        use_ema: bool | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **config_overrides: Any,
+    ) -> Self:
+        """Build the model from a single file in CompVis's or Stability's layout, in eval mode.
+
+        The file may be that of a whole latent diffusion model, or of this part alone. The names
+        and shapes of the weights must be exactly the model's.
+
+        Args:
+            source: a ``.safetensors`` file, a pickle (``.ckpt``), of which only tensors are read,
+                or the tensors by name.
+            config: the YAML file that came with it, or its content; or a config of this class.
+                Without it names and shapes tell the architecture, all but the number of heads,
+                which is known for the published models.
+            use_ema: read the moving averages of a UNet's weights; by default as the YAML file
+                says, else where the file has them.
+            torch_dtype: floating-point dtype of the returned model; by default its own (float32).
+            config_overrides: replace single fields of this model's config.
+
+        Raises:
+            CheckpointError: the file is missing, damaged or unsafe, or its weights belong to
+                another architecture.
+            ConfigError: the config has a name or value that fastldm does not know.
+        """
+        from fastldm.checkpoints import load_single_file
+
+        return load_single_file(cls, source, config, use_ema, torch_dtype, **config_overrides)
+
+    def save_single_file(
+        self, path: str | Path, *, prefix: str | None = None, new_attention_order: bool = False
+    ) -> None:
+        """Write the weights to one file in CompVis's layout.
+
+        Args:
+            path: ``.safetensors``, or ``.ckpt`` (``.pt``, ``.pth``) for a pickle.
+            prefix: of the names, by default that of the part in the file of a whole model; none
+                for a first stage, which has files of its own.
+            new_attention_order: the order inside packed projections that UNets with
+                ``use_new_attention_order`` have.
+
+        Raises:
+            ConfigError: CompVis's layout cannot hold this model, or `path` has another extension.
+            OSError: the file cannot be written; an earlier one is unchanged.
+        """
+        from fastldm.checkpoints import compvis_state_dict, write_single_file
+
+        write_single_file(compvis_state_dict(self, prefix, new_attention_order), path)
+
+    @classmethod
     def _build_for_loading(cls, config: dict[str, Any], source: str) -> Self:
         """The model without storage for its weights, or with it where something needs it."""
         try:
