@@ -135,8 +135,11 @@ def first_stage_config(params: FirstStageParams) -> dict[str, Any]:
     kind = "linear" if coder.use_linear_attn else coder.attn_type
     if kind not in (*_ATTENTION_TYPES, "none"):
         raise ConfigError(f"attn_type: expected vanilla, linear or none, got {kind!r:.60}")
-    if min(coder.ch, *coder.ch_mult) < 1:
-        raise ConfigError(f"ch, ch_mult: expected positive numbers, got {coder.ch} and …")
+    if min(coder.ch, *coder.ch_mult) < 1 or coder.ch_mult[:1] != (1,):
+        raise ConfigError(
+            f"ch, ch_mult: expected positive numbers, and 1 for the first level, got {coder.ch} "
+            f"and {coder.ch_mult!r:.60}"
+        )
     attended = [flag and kind != "none" for flag in coder.attended]
     fields: dict[str, Any] = {
         "in_channels": coder.in_channels,
@@ -199,7 +202,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> FirstStageParams:
     ch = shape("encoder.conv_in.weight")[0]
     levels = count("encoder.down.{}.block.0.conv1.weight")
     widths = [shape(f"encoder.down.{level}.block.0.conv1.weight")[0] for level in range(levels)]
-    if not levels or not ch or any(width % ch for width in widths):
+    if not levels or not ch or widths[0] != ch or any(width % ch for width in widths):
         raise ValueError(f"levels of {widths} channels after {ch}")
     attended = [
         level

@@ -306,7 +306,9 @@ def _new_order(given: Given) -> bool:
 def _check_class(kind: type[Any], class_name: str, source: str) -> None:
     names = {base.__name__ for base in kind.__mro__}
     if class_name not in names:
-        raise CheckpointError(f"{source}: holds a {class_name}, not a {kind.__name__}")
+        raise CheckpointError(
+            f"{source}: its weights are those of {class_name}, not {kind.__name__}"
+        )
 
 
 def _check_size(part: str, least: int, count: int, source: str) -> None:

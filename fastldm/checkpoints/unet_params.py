@@ -207,11 +207,16 @@ def _refuse_unsupported(params: UNetParams) -> None:
         ("num_attention_blocks", "a list", params.num_attention_blocks is None),
         ("disable_middle_self_attn", True, not params.disable_middle_self_attn),
         ("transformer_depth_middle", middle, middle in (None, params.depths[-1])),
-        ("channel_mult", params.channel_mult, min(params.channel_mult, default=0) > 0),
+        ("channel_mult", params.channel_mult, _starts_at_one(params.channel_mult)),
         ("model_channels", params.model_channels, params.model_channels > 0),
     ):
         if not supported:
             raise ConfigError(f"{name}: fastldm has no such UNet, got {value!r:.60}")
+
+
+def _starts_at_one(multipliers: Sequence[int]) -> bool:
+    """UNetModel's first and last convolutions fit no other multiplier of the first level."""
+    return bool(multipliers) and multipliers[0] == 1 and min(multipliers) > 0
 
 
 def _same_heads(params: UNetParams) -> bool:

@@ -82,7 +82,7 @@ def _infer(tensors: Mapping[str, Tensor]) -> UNetParams:
         shape(f"input_blocks.{blocks.of_level(level)[0]}.0.in_layers.2.weight")[0]
         for level in range(blocks.levels)
     ]
-    if not channels or any(width % channels for width in widths):
+    if not channels or widths[0] != channels or any(width % channels for width in widths):
         raise ValueError(f"levels of {widths} channels after {channels}")
     first = "input_blocks.1.0"
     fields: dict[str, Any] = {
