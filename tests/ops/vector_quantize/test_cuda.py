@@ -139,15 +139,51 @@ def test_no_matrix_of_distances() -> None:
     assert torch.cuda.max_memory_allocated() - before < 32 * 2**20
 
 
-@pytest.mark.slow
-def test_more_than_2_to_the_31_elements() -> None:
+CORNERS = ((slice(8), slice(64)), (slice(-8, None), slice(-64, None)))
+
+
+def _huge() -> tuple[Tensor, Tensor]:
     if torch.cuda.get_device_properties(0).total_memory < 60 * 2**30:
         pytest.skip("needs 60 GiB of GPU memory")
     codebook = torch.randn(64, 4, device="cuda")
     z = torch.empty(2, 4, 2**14, 2**14 + 8, dtype=torch.float16, device="cuda").normal_()
     assert z.numel() > 2**31
+    return z, codebook
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements() -> None:
+    z, codebook = _huge()
     found = vector_quantize(z, codebook)
-    for rows, columns in ((slice(8), slice(64)), (slice(-8, None), slice(-64, None))):
+    for rows, columns in CORNERS:
         expected = vector_quantize(z[:, :, rows, columns].contiguous(), codebook)
         assert torch.equal(found.indices[:, rows, columns], expected.indices)
         assert torch.equal(found.z_q[:, :, rows, columns], expected.z_q)
+
+
+@pytest.mark.slow
+def test_gradients_and_statistics_of_more_than_2_to_the_31_elements() -> None:
+    z, codebook = (value.requires_grad_() for value in _huge())
+    found = vector_quantize(z, codebook)
+    # Half the sum of the squares: its gradients are z − e and, summed over each code, e − z.
+    total = (found.commitment_loss + found.codebook_loss) * (z.numel() / 2)
+    grad_z, grad_codebook = torch.autograd.grad(total, (z, codebook))
+    z, codebook = z.detach(), codebook.detach()
+    for rows, columns in CORNERS:
+        chosen = codebook[found.indices[:, rows, columns]].movedim(-1, 1)
+        expected = z[:, :, rows, columns].float() - chosen
+        torch.testing.assert_close(
+            grad_z[:, :, rows, columns].float(), expected, rtol=2e-3, atol=1e-5
+        )
+    statistics = codebook_statistics(z, found.indices, len(codebook))
+    flat = found.indices.flatten()
+    counts = torch.bincount(flat, minlength=len(codebook))
+    assert torch.equal(statistics.counts, counts)
+    # What rounding does to sums of millions of numbers of about 1.
+    slack = 1e-5 * counts.max().item()
+    for d in range(codebook.shape[1]):
+        sums = torch.zeros(len(codebook), dtype=torch.float64, device="cuda")
+        sums.index_add_(0, flat, z[:, d].flatten().double())
+        torch.testing.assert_close(statistics.sums[:, d].double(), sums, rtol=0, atol=slack)
+        to_codes = counts * codebook[:, d].double() - sums
+        torch.testing.assert_close(grad_codebook[:, d].double(), to_codes, rtol=0, atol=slack)
