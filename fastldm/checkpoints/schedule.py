@@ -23,7 +23,12 @@ _SCHEDULES = {
 }
 _COSINE_S = 8e-3
 _PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_SAMPLING = {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+_SAMPLING = {
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "uniform",
+}
 """How CompVis's DDIM sampler goes through the time steps, in diffusers' fields."""
 _MOST_TIMESTEPS = 100_000
 _ROUNDINGS = 16
@@ -155,6 +160,50 @@ def _agrees(fields: Mapping[str, Any], betas: Tensor) -> bool:
     return len(made) == len(betas) and torch.allclose(
         made, betas.double(), rtol=tolerance, atol=0.0
     )
+
+
+def schedule_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of CompVis's DDPM for a scheduler's config.
+
+    Raises:
+        ConfigError: CompVis's models have no such schedule.
+    """
+    predicted = {ours: theirs for theirs, ours in _PREDICTION_TYPES.items()}
+    arguments: dict[str, Any] = {
+        "timesteps": config["num_train_timesteps"],
+        "parameterization": predicted[config["prediction_type"]],
+    }
+    names = {ours: theirs for theirs, ours in _SCHEDULES.items()}
+    if config.get("trained_betas") is not None or config["beta_schedule"] not in names:
+        return {**arguments, "given_betas": betas_of(config).tolist()}
+    arguments["beta_schedule"] = names[config["beta_schedule"]]
+    if arguments["beta_schedule"] != "cosine":
+        arguments |= {"linear_start": config["beta_start"], "linear_end": config["beta_end"]}
+    return arguments
+
+
+def betas_of(config: Mapping[str, Any]) -> Tensor:
+    """β of a scheduler's config in float64, [T].
+
+    Raises:
+        ConfigError: CompVis's models have no such schedule.
+    """
+    if config.get("rescale_betas_zero_snr"):
+        raise ConfigError("rescale_betas_zero_snr: CompVis's schedules have no such option")
+    return make_betas(
+        config["beta_schedule"],
+        config["beta_start"],
+        config["beta_end"],
+        config["num_train_timesteps"],
+        config.get("trained_betas"),
+        dtype=torch.float64,
+    )
+
+
+def is_schedule_of(root: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+    """Whether a file's buffers are those of a scheduler with this config."""
+    betas = _stored_betas(root, "") if root else None
+    return betas is not None and not betas.is_meta and _agrees(config, betas)
 
 
 def schedule_buffers(betas: Tensor, v_posterior: float = 0.0) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from fastldm.checkpoints.condition_params import (
     infer_condition,
 )
 from fastldm.checkpoints.conditioner_keys import conditioner_places
+from fastldm.checkpoints.describing import first_stage_arguments, unet_arguments
 from fastldm.checkpoints.first_stage_keys import LEFT_OUT, first_stage_places
 from fastldm.checkpoints.first_stage_params import first_stage_config, infer_first_stage
 from fastldm.checkpoints.keymap import Row, make_rows, to_compvis, to_fastldm
@@ -156,37 +157,37 @@ def load_unet(kind: type[_Model], file: SingleFile, given: Given) -> _Model:
         class_name, fields = unet_fields(file, given)
         _check_class(kind, class_name, file.source)
     model = kind._build_for_loading({**fields, **given.overrides}, file.source)
-    rows = model_rows(model, _new_order(given))
-    use_ema = given.use_ema
-    stated = None if given.params is None else given.params.diffusion
-    if use_ema is None and stated is not None and not stated.use_ema:
-        use_ema = False
-    tensors = file.weights_of_unet(use_ema, [row.theirs for row in rows])
+    rows = model_rows(model, new_attention_order(given))
+    tensors = file.weights_of_unet(uses_ema(file, given), [row.theirs for row in rows])
     return _fill(model, rows, tensors, file.source, given.torch_dtype)
 
 
 def load_first_stage(kind: type[_Model], file: SingleFile, given: Given) -> _Model:
-    """The first stage of a file, in eval mode.
-
-    Raises:
-        CheckpointError: the file holds none, or one of another class or size.
-        ConfigError: fastldm has no such first stage.
-    """
+    """The first stage of a file, in eval mode; see `first_stage_fields` for the errors."""
     tensors = file.require("first_stage")
     fields = given.fields
     if fields is None:
-        params = None if given.params is None else given.params.first_stage
-        if params is None:
-            params = infer_first_stage(tensors, file.source)
-        else:
-            _check_size("first stage", params.coder.size, len(tensors), file.source)
-        _check_class(kind, params.class_name, file.source)
-        fields = {
-            **first_stage_config(params),
-            "scaling_factor": scaling_factor(file, given, params.class_name),
-        }
+        class_name, fields = first_stage_fields(file, given)
+        _check_class(kind, class_name, file.source)
     model = kind._build_for_loading({**fields, **given.overrides}, file.source)
     return _fill(model, model_rows(model), tensors, file.source, given.torch_dtype)
+
+
+def first_stage_fields(file: SingleFile, given: Given) -> tuple[str, dict[str, Any]]:
+    """The class and config of the first stage in a file.
+
+    Raises:
+        CheckpointError: the file holds none, or one that is smaller than the YAML file says.
+        ConfigError: fastldm has no such first stage.
+    """
+    tensors = file.require("first_stage")
+    params = None if given.params is None else given.params.first_stage
+    if params is None:
+        params = infer_first_stage(tensors, file.source)
+    else:
+        _check_size("first stage", params.coder.size, len(tensors), file.source)
+    factor = scaling_factor(file, given, params.class_name)
+    return params.class_name, {**first_stage_config(params), "scaling_factor": factor}
 
 
 def scaling_factor(file: SingleFile, given: Given, class_name: str) -> float:
@@ -206,26 +207,25 @@ def scaling_factor(file: SingleFile, given: Given, class_name: str) -> float:
 
 
 def load_conditioner(kind: type[_Model], file: SingleFile, given: Given) -> _Model:
-    """The cond stage of a file, in eval mode.
-
-    Raises:
-        CheckpointError: the file holds none, or one of another class.
-        ConfigError: fastldm has no such cond stage.
-    """
-    tensors = file.require("condition")
+    """The cond stage of a file, in eval mode; see `condition_fields` for the errors."""
     fields = given.fields
     if fields is None:
         class_name, fields = condition_fields(file, given)
         _check_class(kind, class_name, file.source)
     model = kind._build_for_loading({**fields, **given.overrides}, file.source)
-    return _fill(model, model_rows(model), tensors, file.source, given.torch_dtype)
+    return _fill(model, model_rows(model), file.condition, file.source, given.torch_dtype)
 
 
 def condition_fields(file: SingleFile, given: Given) -> tuple[str, dict[str, Any]]:
-    """The class and config of the cond stage in a file."""
+    """The class and config of the cond stage in a file.
+
+    Raises:
+        CheckpointError: the file holds none that fastldm has.
+        ConfigError: fastldm has none as the YAML file says.
+    """
     condition = None if given.params is None else given.params.condition
     if not isinstance(condition, ConditionParams) or condition_class(condition) is None:
-        class_name, fields = infer_condition(file.condition, file.source)
+        class_name, fields = infer_condition(file.require("condition"), file.source)
     else:
         class_name, fields = str(condition_class(condition)), condition_config(condition)
     if class_name == "TextEncoder":
@@ -268,8 +268,21 @@ def compvis_state_dict(
             "first_stage": "",
             "condition": splitting.CONDITION_PREFIX,
         }[part]
+    check_expressible(model)
     tensors = to_compvis(model_rows(model, new_attention_order), model.state_dict())
     return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def check_expressible(model: nn.Module) -> None:
+    """Require that CompVis's classes, given the weights of `model`, are the same network.
+
+    Raises:
+        ConfigError: they have other numbers of heads or groups, another activation, or the like.
+    """
+    if isinstance(model, UNet2DModel | UNet2DConditionModel):
+        unet_arguments(model)
+    elif isinstance(model, AutoencoderKL | VQModel):
+        first_stage_arguments(model)
 
 
 def _fill(
@@ -298,9 +311,18 @@ def _state_of_codebook(model: VQModel, codes: Tensor) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in fresh.items() if name in wanted}
 
 
-def _new_order(given: Given) -> bool:
+def new_attention_order(given: Given) -> bool:
+    """Whether the file's packed projections are in that order."""
     unet = None if given.params is None else given.params.unet
     return unet is not None and unet.use_new_attention_order
+
+
+def uses_ema(file: SingleFile, given: Given) -> bool:
+    """Whether the moving averages of the UNet's weights are taken."""
+    if given.use_ema is not None:
+        return given.use_ema
+    diffusion = None if given.params is None else given.params.diffusion
+    return bool(file.averages) and (diffusion is None or diffusion.use_ema)
 
 
 def _check_class(kind: type[Any], class_name: str, source: str) -> None:

@@ -86,33 +86,27 @@ class SingleFile:
             )
         return tensors
 
-    def weights_of_unet(
-        self, use_ema: bool | None, names: Iterable[str] | None = None
-    ) -> dict[str, Tensor]:
+    def weights_of_unet(self, use_ema: bool, names: Iterable[str]) -> dict[str, Tensor]:
         """The UNet's weights, or their moving averages under the same names.
 
         Args:
-            use_ema: None: averages where the file has them.
-            names: of the UNet's weights, for a file that holds the averages alone.
+            names: of the UNet's weights, since those of averages have lost their dots.
 
         Raises:
             CheckpointError: there are no averages, or they are of another model.
         """
-        if use_ema is None:
-            use_ema = bool(self.averages)
         if not use_ema:
             return self.require("unet")
         if not self.averages:
             raise CheckpointError(f"{self.source}: holds no moving averages (model_ema)")
         full_name: dict[str, str] = {}
-        for name in self.unet if names is None else names:
+        for name in names:
             if full_name.setdefault(name.replace(".", ""), name) != name:
                 raise CheckpointError(f"{self.source}: {name} has no name of its own without dots")
         unknown = [name for name in self.averages if name not in full_name]
         if unknown:
             raise CheckpointError(
-                f"{self.source}: moving averages of no weight of the UNet: "
-                f"{', '.join(unknown[:3])}; give config= for a file without the weights"
+                f"{self.source}: moving averages of no weight of the UNet: {', '.join(unknown[:3])}"
             )
         return {full_name[name]: tensor for name, tensor in self.averages.items()}
 

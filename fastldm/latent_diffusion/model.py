@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
@@ -20,6 +19,7 @@ from fastldm.latent_diffusion.conditioning import (
     masks_padding,
     repeat_condition,
 )
+from fastldm.latent_diffusion.files import FileMethods
 from fastldm.latent_diffusion.latents import LatentSpace, dtype_of
 from fastldm.latent_diffusion.parts import check_parts, latent_size_of, warn_of_clipping
 from fastldm.latent_diffusion.sampling import (
@@ -29,13 +29,12 @@ from fastldm.latent_diffusion.sampling import (
     make_generators,
     run_sampler,
 )
-from fastldm.latent_diffusion.saving import load_model, save_model
 from fastldm.losses.diffusion import DiffusionLoss, DiffusionLossConfig
 from fastldm.models.base import ModelMixin
 from fastldm.schedulers import randn
 
 
-class LatentDiffusion(LatentSpace):
+class LatentDiffusion(FileMethods, LatentSpace):
     """A first stage between images and latents, and a diffusion model of the latents.
 
     The UNet models z = (z_raw − mean)·factor/std of the first stage's latents z_raw; `encode`,
@@ -346,50 +345,6 @@ class LatentDiffusion(LatentSpace):
             yield self
         finally:
             self.unet, self.conditioner = trained
-
-    def save_pretrained(
-        self,
-        folder: str | Path,
-        *,
-        unet: nn.Module | None = None,
-        conditioner: nn.Module | None = None,
-    ) -> None:
-        """Write a folder that `from_pretrained` reads, and where it can also diffusers.
-
-        The folder takes the place of an earlier save once it is whole; other files in it stay.
-
-        Args:
-            unet, conditioner: saved in place of the object's own: moving averages of them.
-
-        Raises:
-            ConfigError: a part has no ``save_pretrained``, or `folder` is a file.
-            OSError: the folder cannot be written; what was there is unchanged.
-        """
-        save_model(self, folder, unet, conditioner)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        torch_dtype: torch.dtype | None = None,
-        **parts: Any,
-    ) -> Self:
-        """Read a folder of `save_pretrained`, or one of diffusers' latent diffusion pipelines.
-
-        Args:
-            folder: a folder here, or ``owner/name`` on the Hugging Face Hub.
-            torch_dtype: floating-point dtype of the models.
-            parts: objects to use in place of the stored ones: ``scheduler``, ``unet``, ….
-
-        Returns:
-            The model, in eval mode.
-
-        Raises:
-            CheckpointError: a file is missing, damaged or unsafe.
-            ConfigError: a field is unknown or two parts do not fit each other.
-        """
-        return load_model(cls, folder, torch_dtype, parts)
 
 
 def _one_of(**conditions: Any) -> Any:
