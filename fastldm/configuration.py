@@ -64,12 +64,27 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def read_config_file(path: Path) -> dict[str, Any]:
+    """The fields in a config file.
+
+    Raises:
+        CheckpointError: there is no such file, or it is not JSON.
+        ConfigError: it holds something other than fields.
+    """
+    fields = read_json(path)
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{path}: expected a JSON object of fields, got {type(fields).__name__}")
+    return fields
+
+
 class ConfigMixin:
     """Gives a class ``config``, `from_config`, `load_config` and `save_config`."""
 
     config_name: ClassVar[str] = "config.json"
     ignored_config_keys: ClassVar[frozenset[str]] = frozenset()
     """Fields of diffusers' config files that have no effect on the result and may be dropped."""
+    extension_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields that diffusers does not know; at their defaults, both classes do the same."""
 
     @property
     def config(self) -> FrozenConfig:
@@ -111,16 +126,22 @@ class ConfigMixin:
             CheckpointError: there is no such file, or it is not JSON.
             ConfigError: it holds something other than fields.
         """
-        path = Path(folder, subfolder or "", cls.config_name)
-        config = read_json(path)
-        if not isinstance(config, dict):
-            raise ConfigError(
-                f"{path}: expected a JSON object of fields, got {type(config).__name__}"
-            )
-        return config
+        return read_config_file(Path(folder, subfolder or "", cls.config_name))
+
+    def stored_config(self) -> dict[str, Any]:
+        """What a config file holds: the class's name and the fields.
+
+        Fields that diffusers does not know are left out at their defaults, so that it reads the
+        file without a warning.
+        """
+        defaults = inspect.signature(type(self).__init__).parameters
+        fields = {
+            name: value
+            for name, value in self.config.items()
+            if name not in self.extension_fields or value != _plain(defaults[name].default)
+        }
+        return {"_class_name": type(self).__name__, **fields}
 
     def save_config(self, folder: str | Path) -> None:
         """Write the config file into `folder`, which is made if it is missing."""
-        write_json(
-            Path(folder, self.config_name), {"_class_name": type(self).__name__, **self.config}
-        )
+        write_json(Path(folder, self.config_name), self.stored_config())

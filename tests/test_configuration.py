@@ -70,3 +70,12 @@ def test_missing_or_strange_config_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(ConfigError, match="expected a JSON object of fields, got list"):
         Thing.load_config(tmp_path)
+
+
+class Extended(Thing):
+    extension_fields = frozenset({"channels"})
+
+
+def test_extension_fields_are_stored_only_where_they_matter() -> None:
+    assert Extended(4).stored_config() == {"_class_name": "Extended", "size": 4, "name": "default"}
+    assert Extended(channels=(3,)).stored_config()["channels"] == [3]

@@ -60,6 +60,17 @@ class AutoencoderKL(FirstStageModel):
         ConfigError: an argument has a value that is not listed, or two do not fit each other.
     """
 
+    extension_fields = frozenset(
+        {
+            "attention_type",
+            "dropout",
+            "embed_dim",
+            "latent_regularization",
+            "output_activation",
+            "resample_with_conv",
+        }
+    )
+
     @register_to_config
     def __init__(
         self,

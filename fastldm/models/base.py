@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
-from fastldm.configuration import ConfigMixin
+from fastldm.configuration import ConfigMixin, read_config_file
 from fastldm.errors import CheckpointError, ConfigError, FastLDMError
 from fastldm.models.weights import (
     Locator,
@@ -21,7 +21,7 @@ from fastldm.models.weights import (
     rename_old_attention_keys,
     write_model_folder,
 )
-from fastldm.storage import load_weights, read_json
+from fastldm.storage import load_weights
 
 _OFF_ONLY = frozenset({
     # keywords of diffusers' from_pretrained for what is not offered here; None and False are off
@@ -118,20 +118,11 @@ class ModelMixin(nn.Module, ConfigMixin):
         """`config` where it is given, else the config file that `locate` finds."""
         if isinstance(config, Mapping):
             return dict(config)
-        if config is not None:
-            path: Path | None = Path(config)
-            path = path / cls.config_name if Path(config).is_dir() else path
-        else:
-            path = locate(cls.config_name)
+        path = locate(cls.config_name) if config is None else Path(config)
         if path is None:
             beside = " beside it; say with config=… what it is of" if source.is_file() else ""
             raise CheckpointError(f"{source}: no {cls.config_name}{beside}")
-        fields = read_json(path)
-        if not isinstance(fields, dict):
-            raise ConfigError(
-                f"{path}: expected a JSON object of fields, got {type(fields).__name__}"
-            )
-        return fields
+        return read_config_file(path / cls.config_name if path.is_dir() else path)
 
     def _assign(
         self,
@@ -253,7 +244,7 @@ class ModelMixin(nn.Module, ConfigMixin):
         write_model_folder(
             Path(save_directory),
             self.config_name,
-            {"_class_name": type(self).__name__, **self.config},
+            self.stored_config(),
             self.state_dict(),
             self.weights_name,
             variant,

@@ -72,6 +72,8 @@ class UNet2DModel(UNetBase):
         ConfigError: a field has a value that is not listed, or two do not fit each other.
     """
 
+    extension_fields = frozenset({"num_attention_heads", "resample_with_conv"})
+
     @register_to_config
     def __init__(
         self,

@@ -95,6 +95,10 @@ class UNet2DConditionModel(EmbeddingUNet):
         ConfigError: a field has a value that is not listed, or two do not fit each other.
     """
 
+    extension_fields = frozenset(
+        {"downsample_type", "num_head_channels", "resample_with_conv", "upsample_type"}
+    )
+
     @register_to_config
     def __init__(
         self,

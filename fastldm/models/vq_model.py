@@ -51,6 +51,18 @@ class VQModel(FirstStageModel):
         ConfigError: an argument has a value that is not listed, or two do not fit each other.
     """
 
+    extension_fields = frozenset(
+        {
+            "attention_type",
+            "codebook_ema_decay",
+            "codebook_initialization",
+            "dead_code_threshold",
+            "dropout",
+            "output_activation",
+            "resample_with_conv",
+        }
+    )
+
     @register_to_config
     def __init__(
         self,
