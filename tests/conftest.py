@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,48 @@ import torch
 # Without a GPU, Triton kernels run in Triton's interpreter, which it decides on when imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+ROOT = Path(__file__).resolve().parent.parent
+_SECONDS_TO_HANG = 900
+"""Long enough for a machine that does much else, whose imports of torch take a minute."""
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., None]:
+    """Runs a script in two processes at once, each with its rank and further arguments.
+
+    The script joins and leaves the process group by itself; one that fails ends the other.
+    """
+
+    def run(source: str, *arguments: object) -> None:
+        script = tmp_path / "ranks.py"
+        script.write_text(source)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        logs = [tmp_path / f"rank-{rank}.log" for rank in range(2)]
+        processes = []
+        try:
+            for rank, log in enumerate(logs):
+                command = [sys.executable, str(script), str(rank), *map(str, arguments)]
+                with log.open("w") as output:
+                    processes.append(
+                        subprocess.Popen(
+                            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+                        )
+                    )
+            end = time.monotonic() + _SECONDS_TO_HANG
+            while time.monotonic() < end:
+                states = [process.poll() for process in processes]
+                if None not in states or any(states):
+                    break
+                time.sleep(0.05)
+            assert states == [0, 0], "\n".join(log.read_text()[-2000:] for log in logs)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+    return run
 
 
 @pytest.fixture(autouse=True)

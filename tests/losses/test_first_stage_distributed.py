@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,33 +47,21 @@ def gradients(rank, world, result):
     torch.save({**found, "d_weight": logs["d_weight"], "loc": discriminator.main[3].loc}, result)
 """
 PROCESS = """
-rank, store, result = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-gradients(rank, 2, result)
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+)
+gradients(rank, 2, f"{folder}/{rank}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
-    script = tmp_path / "process.py"
-    script.write_text(textwrap.dedent(STEP) + PROCESS)
-    environment = {**os.environ, "PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"}
+def test_two_processes_equal_one(tmp_path: Path, run_ranks: Callable[..., None]) -> None:
+    run_ranks(STEP + PROCESS, tmp_path)
     results = [tmp_path / f"{rank}.pt" for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, script, str(rank), str(tmp_path / "store"), str(result)],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, result in enumerate(results)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
     alone = tmp_path / "alone.pt"
     namespace: dict = {}
-    exec(textwrap.dedent(STEP), namespace)
+    exec(STEP, namespace)
     namespace["gradients"](0, 1, alone)
     expected = torch.load(alone, weights_only=True)
     assert expected["d_weight"] > 0

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import fastldm
 from fastldm.errors import ConfigError
 from fastldm.modules.quantize import VectorQuantizer
 
@@ -236,53 +232,48 @@ def test_lookup_and_update_compile_without_a_graph_break(options):
         torch.testing.assert_close(graph, eager)
 
 
-def test_processes_learn_the_same_codebook_as_one_with_the_whole_batch(tmp_path):
-    """Two gloo processes with half a batch each, against one with all of it."""
-    script = tmp_path / "quantize.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            import torch
-            import torch.distributed as dist
-            from fastldm.modules.quantize import VectorQuantizer
+RANK = """\
+import sys
+import torch
+import torch.distributed as dist
+from fastldm.modules.quantize import VectorQuantizer
 
-            rank, folder = int(sys.argv[1]), sys.argv[2]
-            torch.set_num_threads(1)
-            dist.init_process_group(
-                "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-            )
-            torch.manual_seed(0)
-            module = VectorQuantizer(8, 3, ema_decay=0.8).train()
-            for step in range(3):
-                generator = torch.Generator().manual_seed(step)
-                z = torch.randn(4, 3, 4, 4, generator=generator)
-                output = module(z.chunk(2)[rank])
-            reviving = VectorQuantizer(8, 3, ema_decay=0.5, dead_code_threshold=2.0)
-            torch.manual_seed(rank)
-            for step in range(5):
-                reviving(torch.randn(2, 3, 4, 4))
-            seeded = VectorQuantizer(8, 3, initialization="data")
-            seeded.embedding.weight.data.zero_()
-            seeded(torch.randn(2, 3, 4, 4))
-            torch.save(
-                [
-                    module.state_dict(),
-                    output.perplexity,
-                    reviving.state_dict(),
-                    seeded.state_dict(),
-                ],
-                f"{folder}/{rank}.pt",
-            )
-            """
-        )
-    )
-    command = [sys.executable, str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(fastldm.__file__).parents[1])}
-    processes = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+rank, folder = int(sys.argv[1]), sys.argv[2]
+torch.set_num_threads(1)
+dist.init_process_group(
+    "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+)
+torch.manual_seed(0)
+module = VectorQuantizer(8, 3, ema_decay=0.8).train()
+for step in range(3):
+    generator = torch.Generator().manual_seed(step)
+    z = torch.randn(4, 3, 4, 4, generator=generator)
+    output = module(z.chunk(2)[rank])
+reviving = VectorQuantizer(8, 3, ema_decay=0.5, dead_code_threshold=2.0)
+torch.manual_seed(rank)
+for step in range(5):
+    reviving(torch.randn(2, 3, 4, 4))
+seeded = VectorQuantizer(8, 3, initialization="data")
+seeded.embedding.weight.data.zero_()
+seeded(torch.randn(2, 3, 4, 4))
+torch.save(
+    [
+        module.state_dict(),
+        output.perplexity,
+        reviving.state_dict(),
+        seeded.state_dict(),
+    ],
+    f"{folder}/{rank}.pt",
+)
+dist.destroy_process_group()
+"""
+
+
+def test_processes_learn_the_same_codebook_as_one_with_the_whole_batch(
+    tmp_path: Path, run_ranks: Callable[..., None]
+) -> None:
+    """Two gloo processes with half a batch each, against one with all of it."""
+    run_ranks(RANK, tmp_path)
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
     torch.manual_seed(0)

@@ -150,7 +150,7 @@ def test_kill_9_at_every_point_of_writing_leaves_a_checkpoint_that_loads(tmp_pat
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )

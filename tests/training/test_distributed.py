@@ -52,7 +52,7 @@ def launch(launcher: list[str], folder: Path, **stages: Any) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]
