@@ -7,13 +7,12 @@ also gathers the codes and sums the loss; FAISS gives indices and distances.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.interleaved import compare
+from benchmarks.timing import Race
 from fastldm.ops import VectorQuantizeOutput, codebook_statistics, vector_quantize
 
 SIZES = [(16384, 3, 8192), (4096, 4, 16384), (1024, 8, 16384), (65536, 4, 256), (4096, 256, 1024)]
@@ -69,9 +68,9 @@ def _vector_quantize_pytorch(z: Tensor, codebook: Tensor) -> Callable[[], Tensor
 
 
 @pytest.mark.parametrize("size", SIZES, ids="N{0[0]} D{0[1]} K{0[2]}".format)
-def test_lookup(benchmark: Any, size: tuple[int, int, int]) -> None:
+def test_lookup(size: tuple[int, int, int], race: Race) -> None:
     z, codebook = _operands(*size)
-    peers = {
+    peers: dict[str, Callable[[], Tensor]] = {
         "faiss IndexFlatL2": _faiss(z, codebook),
         "vector-quantize-pytorch": _vector_quantize_pytorch(z, codebook),
         "plain torch": lambda: _plain(z, codebook)[1],
@@ -84,11 +83,11 @@ def test_lookup(benchmark: Any, size: tuple[int, int, int]) -> None:
     _assert_nearest(z, codebook, indices)
     for peer in peers.values():
         assert (peer().flatten() == indices.flatten()).float().mean() > 0.99
-    compare(benchmark, own, peers, rounds=5 if size[0] * size[2] > 2**25 else 21)
+    race({"fastldm": own, **peers}, rounds=5 if size[0] * size[2] > 2**25 else 21)
 
 
 @pytest.mark.parametrize("size", SIZES, ids="N{0[0]} D{0[1]} K{0[2]}".format)
-def test_forward_and_backward(benchmark: Any, size: tuple[int, int, int]) -> None:
+def test_forward_and_backward(size: tuple[int, int, int], race: Race) -> None:
     z, codebook = (value.requires_grad_() for value in _operands(*size))
 
     def step(lookup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, ...]:
@@ -111,11 +110,11 @@ def test_forward_and_backward(benchmark: Any, size: tuple[int, int, int]) -> Non
 
     for got, want in zip(step(own_lookup), step(plain_lookup), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    compare(benchmark, lambda: step(own_lookup), {"plain torch": lambda: step(plain_lookup)}, 5)
+    race({"fastldm": lambda: step(own_lookup), "plain torch": lambda: step(plain_lookup)}, rounds=5)
 
 
 @pytest.mark.parametrize("size", SIZES, ids="N{0[0]} D{0[1]} K{0[2]}".format)
-def test_statistics(benchmark: Any, size: tuple[int, int, int]) -> None:
+def test_statistics(size: tuple[int, int, int], race: Race) -> None:
     z, codebook = _operands(*size)
     indices = vector_quantize(z, codebook).indices
 
@@ -125,9 +124,10 @@ def test_statistics(benchmark: Any, size: tuple[int, int, int]) -> None:
 
     own = codebook_statistics(z, indices, len(codebook))
     torch.testing.assert_close(own.sums, plain(), rtol=1e-4, atol=1e-4)
-    compare(
-        benchmark,
-        lambda: codebook_statistics(z, indices, len(codebook)),
-        {"index_add_": plain},
+    race(
+        {
+            "fastldm": lambda: codebook_statistics(z, indices, len(codebook)),
+            "index_add_": plain,
+        },
         rounds=21,
     )
