@@ -13,7 +13,7 @@ from types import ModuleType
 import torch
 
 _OLDEST_CAPABILITY = (8, 0)
-_REBUILD = "reinstall with: pip install --no-build-isolation --force-reinstall --no-deps ."
+_REBUILD = "reinstall with: pip install --no-build-isolation --force-reinstall --no-deps -e ."
 
 
 @functools.cache
