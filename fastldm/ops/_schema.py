@@ -96,8 +96,18 @@ def _cross_attention_fwd(q: Tensor, *_: Any) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _cross_attention_bwd(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Any:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _cross_attention_bwd(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    return tuple(
+        x.new_empty(x.shape if want else 0) for x, want in zip((q, k, v), wanted, strict=True)
+    )
 
 
 def _vector_quantize_fwd(
@@ -131,8 +141,9 @@ def _vector_quantize_statistics(
     )
 
 
-def _step_fwd(sample: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(sample), torch.empty_like(sample)
+def _step_fwd(sample: Tensor, *_: Any, return_original: bool, **__: Any) -> tuple[Tensor, Tensor]:
+    original = torch.empty_like(sample) if return_original else sample.new_empty(0)
+    return torch.empty_like(sample), original
 
 
 _define(
@@ -142,7 +153,7 @@ _define(
     _group_norm_silu_fwd,
     folder="group_norm_silu",
 )
-# `wanted` has one entry for each output, in order; the residual's gradient is that of x.
+# `wanted` has one entry for each output, in order. Here the residual's gradient is that of x.
 _define(
     "group_norm_silu_bwd(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, int num_groups, "
     "Tensor? weight, Tensor? bias, float eps, bool silu, Tensor? channel_add, Tensor? residual, "
@@ -159,7 +170,7 @@ _define(
 )
 _define(
     "cross_attention_bwd(Tensor grad, Tensor q, Tensor k, Tensor v, float scale, "
-    "Tensor? key_mask, *, str backend) -> (Tensor q, Tensor k, Tensor v)",
+    "Tensor? key_mask, bool[] wanted, *, str backend) -> (Tensor q, Tensor k, Tensor v)",
     _cross_attention_bwd,
     folder="cross_attention",
 )
@@ -187,7 +198,7 @@ _define(
     "str prediction_type, float? clip_range, Tensor? threshold, bool use_clipped_model_output, "
     "Tensor? model_output_uncond, float guidance_scale, Tensor? guidance_scales, "
     "float guidance_rescale, Tensor? noise, Tensor? seed, Tensor? offset, "
-    "str backend) -> (Tensor prev_sample, Tensor pred_original_sample)",
+    "bool return_original, str backend) -> (Tensor prev_sample, Tensor pred_original_sample)",
     _step_fwd,
     folder="diffusion_step",
 )
@@ -196,7 +207,7 @@ _define(
     "str prediction_type, float? clip_range, Tensor? threshold, str variance_type, "
     "Tensor? predicted_variance, Tensor? model_output_uncond, float guidance_scale, "
     "Tensor? guidance_scales, float guidance_rescale, Tensor? noise, Tensor? seed, "
-    "Tensor? offset, str backend) "
+    "Tensor? offset, bool return_original, str backend) "
     "-> (Tensor prev_sample, Tensor pred_original_sample)",
     _step_fwd,
     folder="diffusion_step",

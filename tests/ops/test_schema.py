@@ -40,7 +40,9 @@ def _attention_cases() -> list[Case]:
     cases: list[Case] = []
     for key_mask in (None, mask):
         cases.append(("cross_attention", "fwd", (q, k, v, 0.3, key_mask)))
-        cases.append(("cross_attention", "bwd", (grad, q, k, v, 0.3, key_mask)))
+        for wanted in ([True] * 3, [True, False, False], [False, True, True]):
+            arguments = (grad, q, k, v, 0.3, key_mask, wanted)
+            cases.append(("cross_attention", "bwd", arguments))
     return cases
 
 
@@ -67,7 +69,7 @@ def _lookup_cases() -> list[Case]:
 CASES = [*_norm_cases(), *_attention_cases(), *_lookup_cases()]
 # Which operator has a kernel where; the reference has all.
 CPP_OPERATORS = ("group_norm_silu", "vector_quantize")
-TRITON_OPERATORS = ("group_norm_silu",)
+TRITON_OPERATORS = ("group_norm_silu", "cross_attention")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
-from fastldm.ops import _checks, _dispatch
+from fastldm.ops import _checks, _direct, _dispatch, _schema
 from fastldm.ops.cross_attention import reference
 
 
@@ -51,7 +51,11 @@ def cross_attention(
         # Plain torch, not the raw operator: scaled_dot_product_attention has fused kernels and a
         # fused backward of its own, which the compiler knows, too.
         return reference.cross_attention_fwd(q, k, v, factor, key_mask)
-    result: Tensor = _CrossAttention.apply(q, k, v, factor, key_mask, backend)
+    result: Tensor
+    if _direct.may_call_kernel(q, k, v, key_mask):
+        result = _schema.kernel("cross_attention_fwd", backend)(q, k, v, factor, key_mask)
+    else:
+        result = _CrossAttention.apply(q, k, v, factor, key_mask, backend)
     return result
 
 
@@ -68,8 +72,8 @@ class _CrossAttention(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(q, k, v, key_mask)
         ctx.scale, ctx.backend = scale, backend
-        result: Tensor = torch.ops.fastldm.cross_attention_fwd(
-            q, k, v, scale, key_mask, backend=backend
+        result: Tensor = _direct.raw("cross_attention_fwd", backend, q, k, v, key_mask)(
+            q, k, v, scale, key_mask
         )
         return result
 
@@ -77,14 +81,17 @@ class _CrossAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         q, k, v, key_mask = ctx.saved_tensors
+        wanted = list(ctx.needs_input_grad[:3])
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # For create_graph=True: the formula is differentiable, a kernel is not.
-            found = reference.cross_attention_bwd(grad, q, k, v, ctx.scale, key_mask)
+            compute = reference.cross_attention_bwd
         else:
-            found = torch.ops.fastldm.cross_attention_bwd(
-                grad, q, k, v, ctx.scale, key_mask, backend=ctx.backend
-            )
-        return (*found, None, None, None)
+            compute = _direct.raw("cross_attention_bwd", ctx.backend, grad, q, k, v, key_mask)
+        found = compute(grad, q, k, v, ctx.scale, key_mask, wanted)
+        gradients = (
+            gradient if want else None for gradient, want in zip(found, wanted, strict=True)
+        )
+        return (*gradients, None, None, None)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> None:

@@ -9,64 +9,81 @@ import torch
 SUM_BLOCK = 1024
 _MOST_ROWS = 64
 _SMALLEST = 16  # what the tensor cores take
-_PROGRAMS = 264  # two for each multiprocessor of an H100
+_KEPT_BYTES = 98304
+# Warps that a GPU is to have, for each of the 132 multiprocessors of an H100.
+_FORWARD_WARPS = 132 * 16
+_BACKWARD_WARPS = 132 * 8
 
 
 @dataclass(frozen=True)
-class ByQueries:
-    """A program for each block of `rows` queries, with all keys."""
+class Plan:
+    """A program for each `span` queries, `rows` at a time, with all keys of a head."""
 
     rows: int
     keys: tuple[int, ...]
-    widths: tuple[int, ...]
-    num_warps: int
-
-
-@dataclass(frozen=True)
-class ByKeys:
-    """A program for each tile of keys, part of the channels and `span` queries."""
-
-    rows: int
-    keys: tuple[int, ...]
-    tiles: int
     widths: tuple[int, ...]
     part_widths: tuple[int, ...]
-    parts: int
+    """Of the channels whose gradients a program finds; all of them in the forward pass."""
+    is_kept: bool
+    """Keys and values are loaded once, not for each block of queries."""
     span: int
     splits: int
     num_warps: int
 
+    @property
+    def parts(self) -> int:
+        """Programs that share the channels of a head."""
+        return -(-sum(self.widths) // sum(self.part_widths))
 
-def by_queries(Lq: int, Lk: int, D: int, dtype: torch.dtype) -> ByQueries:
-    """For the kernels that take a block of queries: their scores and output are in registers."""
+    @property
+    def num_stages(self) -> int:
+        """Of the software pipeline; the next queries are on their way if keys are not."""
+        return 2 if self.is_kept else 1
+
+
+def forward(B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype) -> Plan:
+    """For the output: scores and output of a block of queries are in registers."""
     keys, widths = _tiles(Lk, 64), _tiles(D, 128)
-    if dtype != torch.float32 and sum(keys) + sum(widths) <= 176:
-        return ByQueries(_block(Lq, _MOST_ROWS), keys, widths, num_warps=4)
-    if dtype != torch.float32 and sum(keys) <= 80 and sum(widths) > 128:
-        return ByQueries(_block(Lq, _MOST_ROWS), _tiles(Lk, 32), widths, num_warps=4)
-    # The warps share a row's keys and channels, so these are in tiles that are wide enough for all.
-    keys = (_block(Lk, 64),) * -(-Lk // 64)
+    rows, num_warps = 64, 4
+    if dtype == torch.float32 or sum(keys) + sum(widths) > 176:
+        # The warps share a row's keys and channels, so these are in tiles wide enough for all.
+        keys = (_block(Lk, 64),) * -(-Lk // 64)
+        widths = _tiles(D, 128) if D > 128 else (_block(D, 128),)
+        rows, num_warps = 32 if dtype != torch.float32 and sum(widths) <= 64 else 16, 8
+    programs = B * H, _FORWARD_WARPS // num_warps
+    return _plan(Lq, rows, keys, widths, widths, num_warps, dtype, *programs)
+
+
+def backward(B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype) -> Plan:
+    """For the gradients: those of all keys are in registers, too."""
+    keys = _tiles(Lk, 64)
     widths = _tiles(D, 128) if D > 128 else (_block(D, 128),)
-    rows = 32 if dtype != torch.float32 and sum(widths) <= 64 else 16
-    return ByQueries(_block(Lq, min(rows, _MOST_ROWS)), keys, widths, num_warps=8)
+    part_widths = widths
+    rows, num_warps = (32, 4) if sum(widths) <= 64 else (16, 8)
+    if sum(widths) > 128:
+        part_widths, num_warps = (64,), 4
+    parts = -(-sum(widths) // sum(part_widths))
+    programs = B * H * parts, _BACKWARD_WARPS // num_warps
+    return _plan(Lq, rows, keys, widths, part_widths, num_warps, dtype, *programs)
 
 
-def by_keys(B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype) -> ByKeys:
-    """For the kernel that takes a tile of keys: their gradients are in registers."""
-    widths = _tiles(D, 128)
-    channels = sum(widths)
-    rows, keys, part_widths, num_warps = 32, _block(Lk, 64), widths, 4
-    if dtype == torch.float32:
-        rows, keys, num_warps = 16, 16, 1 if channels <= 64 else 4
-        part_widths = widths if channels <= 32 else (32,)
-    elif channels > 96:
-        rows, part_widths = 16, (64,)
-    rows = min(rows, _MOST_ROWS)
-    tiles, parts = -(-Lk // keys), -(-channels // sum(part_widths))
+def _plan(
+    Lq: int,
+    rows: int,
+    keys: tuple[int, ...],
+    widths: tuple[int, ...],
+    part_widths: tuple[int, ...],
+    num_warps: int,
+    dtype: torch.dtype,
+    others: int,
+    programs: int,
+) -> Plan:
+    """With so many splits that they and what else is apart make this many programs."""
+    rows = _block(Lq, min(rows, _MOST_ROWS))
     blocks = -(-Lq // rows)
-    splits = min(blocks, -(-_PROGRAMS // (B * H * tiles * parts)))
-    span = rows * -(-blocks // splits)
-    return ByKeys(rows, (keys,), tiles, widths, part_widths, parts, span, -(-Lq // span), num_warps)
+    span = rows * -(-blocks // min(blocks, -(-programs // others)))
+    is_kept = 2 * sum(keys) * sum(widths) * dtype.itemsize <= _KEPT_BYTES
+    return Plan(rows, keys, widths, part_widths, is_kept, span, -(-Lq // span), num_warps)
 
 
 def _block(size: int, largest: int) -> int:

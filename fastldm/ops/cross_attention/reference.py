@@ -27,9 +27,15 @@ def cross_attention_fwd(
 
 
 def cross_attention_bwd(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, by the formula; P = softmax(S) is found anew.
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    key_mask: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, ...]:
+    """Gradients of q, k and v by the formula, [0] where not wanted; P = softmax(S) is found anew.
 
     ∂v = Pᵀ·∂o, ∂S = P∘(∂P − rowsum(P∘∂P)) with ∂P = ∂o·vᵀ, ∂q = scale·∂S·k, ∂k = scale·∂Sᵀ·q.
     """
@@ -45,10 +51,13 @@ def cross_attention_bwd(
             p = p.masked_fill(~key_mask.any(1)[:, None, None, None], 0)
         dp = torch.einsum("bqhd,bkhd->bhqk", g, vc)
         ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dq = torch.einsum("bhqk,bkhd->bqhd", ds, kc)
-        dk = torch.einsum("bhqk,bqhd->bkhd", ds, qc)
-        dv = torch.einsum("bhqk,bqhd->bkhd", p, g)
-    return dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
+        products = (
+            ("bhqk,bkhd->bqhd", ds, kc), ("bhqk,bqhd->bkhd", ds, qc), ("bhqk,bqhd->bkhd", p, g)
+        )  # fmt: skip
+        return tuple(
+            torch.einsum(*product).to(q.dtype).contiguous() if want else q.new_empty(0)
+            for product, want in zip(products, wanted, strict=True)
+        )
 
 
 def _with_a_key(key_mask: Tensor) -> Tensor:
