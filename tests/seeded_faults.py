@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _NOT_COPIED = shutil.ignore_patterns(
-    ".git", ".venv", "build", "outputs", "docs", "examples", "__pycache__", "*.egg-info"
+    ".*", "build", "outputs", "docs", "examples", "__pycache__", "*.egg-info"
 )
 _SECONDS = 900
 _TOO_LONG = 124

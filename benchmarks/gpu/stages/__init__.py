@@ -34,6 +34,7 @@ STAGES = (
     Stage("sanitizer", 240),
     Stage("winners", 180),
     Stage("tuning", 240),
+    Stage("attention_tuning", 180),
 )
 NAMES = tuple(stage.name for stage in STAGES)
 

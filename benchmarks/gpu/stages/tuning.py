@@ -7,9 +7,9 @@ this device.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu.clock import Clock, clock_for
-from benchmarks.gpu.contest import OURS, check_against
+from benchmarks.gpu.candidates import BETTER, Call, Checked, ratios
+from benchmarks.gpu.clock import clock_for
+from benchmarks.gpu.contest import check_against
 from benchmarks.gpu.peers import backend_of
 from benchmarks.gpu.records import Row
 from benchmarks.gpu.stages import Context
@@ -27,7 +28,6 @@ from fastldm.ops._triton import device_key
 from fastldm.ops.group_norm_silu import plan
 
 Config = dict[str, int]
-Call = Callable[[], Sequence[Tensor]]
 
 GROUPS = 32
 # Groups that are split, and groups that fit on chip.
@@ -49,8 +49,6 @@ CANDIDATES: dict[str, tuple[int, ...]] = {
 }
 DRY_CANDIDATES = {"num_warps": (8,)}
 _LAYOUTS = (torch.channels_last, torch.contiguous_format)
-_BETTER = 0.98
-"""A candidate is kept if it takes less than this share of the time, twice."""
 
 
 def run(context: Context) -> Iterator[Row]:
@@ -74,13 +72,18 @@ def run(context: Context) -> Iterator[Row]:
                     continue
                 candidate = {**best, name: value}
                 row = {"kernel": kernel, "candidate": candidate, "against": dict(best)}
-                ratios = _ratios(kernel, candidate, best, found, calls, clock)
-                if isinstance(ratios, str):
-                    yield {**row, "skipped": ratios}
+                measured = ratios(
+                    partial(planned, {**found, kernel: candidate}),
+                    partial(planned, {**found, kernel: best}),
+                    calls,
+                    clock,
+                )
+                if isinstance(measured, str):
+                    yield {**row, "skipped": measured}
                     continue
-                if max(ratios) < _BETTER:
+                if max(measured) < BETTER:
                     best = candidate
-                yield {**row, "ratios": ratios, "kept": best == candidate}
+                yield {**row, "ratios": measured, "kept": best == candidate}
         if best != base:
             found[kernel] = best
         _write(context.out / "group_norm_silu_plan.json", device, found)
@@ -92,7 +95,7 @@ def _checked_call(
     layout: torch.memory_format,
     backward: bool,
     device: str,
-) -> tuple[Call, Callable[[str, Sequence[Tensor]], None]]:
+) -> Checked:
     x = torch.randn(shape, device=device).half().contiguous(memory_format=layout)
     weight, bias = torch.randn(2, shape[1], device=device).half()
     upstream = torch.randn_like(x)
@@ -113,43 +116,7 @@ def _checked_call(
 
     operands = (x, weight, bias)
     exact = call(eager, *(value.double() for value in operands))()
-    return call(fused, *operands), check_against(exact, call(eager, *operands)())
-
-
-def _ratios(
-    kernel: str,
-    candidate: Config,
-    best: Config,
-    found: Mapping[str, Config],
-    calls: Sequence[tuple[Call, Callable[[str, Sequence[Tensor]], None]]],
-    clock: Clock,
-) -> list[float] | str:
-    """Time with the candidate over time with the best so far, twice; or why it cannot be."""
-    ratios = []
-    for _ in range(2):
-        logarithms = []
-        for call, check in calls:
-            contestants = {
-                "candidate": _under({**found, kernel: candidate}, call),
-                "best": _under({**found, kernel: best}, call),
-            }
-            try:
-                with clock.on_stream():
-                    check(OURS, contestants["candidate"]())
-                times = clock.times(contestants, rounds=9)
-            except Exception as error:
-                return f"{type(error).__name__}: {str(error).strip()[:200]}"
-            logarithms.append(math.log(times["candidate"].cold / times["best"].cold))
-        ratios.append(round(math.exp(sum(logarithms) / len(logarithms)), 4))
-    return ratios
-
-
-def _under(configs: Mapping[str, Config], call: Call) -> Call:
-    def run_with() -> Sequence[Tensor]:
-        with planned(configs):
-            return call()
-
-    return run_with
+    return Checked(call(fused, *operands), check_against(exact, call(eager, *operands)()))
 
 
 @contextmanager

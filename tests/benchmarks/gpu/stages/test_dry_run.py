@@ -66,6 +66,16 @@ def test_tuning(run: Run, tmp_path: Path) -> None:
     assert tuning.KERNELS[0][0] == record.rows[0]["kernel"]
 
 
+def test_attention_tuning(run: Run, tmp_path: Path) -> None:
+    record = run("attention_tuning")
+    assert record.state == DONE
+    assert [row["direction"] for row in record.rows] == ["forward", "backward"]
+    assert all(len(row["ratios"]) == 2 for row in record.rows)
+    faster = json.loads((tmp_path / "cross_attention_plans.json").read_text())
+    kept = [row["candidate"] for row in record.rows if row["kept"]]
+    assert [found["changes"] for found in faster] == kept
+
+
 def test_roofs_and_environment(run: Run) -> None:
     found = [row["what"] for row in run("roofs").rows]
     assert found == ["copy"] + ["matrix product"] * len(roofs._DTYPES)
