@@ -177,6 +177,7 @@ def _infer_bert(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     inner = tensors[f"{layers}.0.1.to_q.weight"].shape[0]
     if inner % _BERT_HEADS:
         raise ValueError(f"{inner} channels for {_BERT_HEADS} heads")
+    wide = tensors[f"{layers}.1.1.net.0.0.weight"].shape[0]
     return {
         "vocab_size": vocabulary,
         "max_length": tensors["transformer.pos_emb.emb.weight"].shape[0],
@@ -184,5 +185,5 @@ def _infer_bert(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "num_layers": count,
         "num_heads": _BERT_HEADS,
         "head_dim": inner // _BERT_HEADS,
-        "intermediate_size": tensors[f"{layers}.1.1.net.0.0.weight"].shape[0],
+        "intermediate_size": None if wide == 4 * width else wide,
     }

@@ -73,7 +73,6 @@ def read_tensors(source: Source) -> dict[str, Tensor]:
         if not path.is_file():
             raise CheckpointError(f"{name}: {'not a file' if path.exists() else 'no such file'}")
         tensors = _read_safetensors(path) if _is_safetensors(path) else _read_pickle(path)
-        _refuse_more_than_the_file(tensors, path)
     for key, tensor in tensors.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
             raise CheckpointError(f"{name}: {key!r} is a {type(tensor).__name__}, not a tensor")
@@ -81,6 +80,8 @@ def read_tensors(source: Source) -> dict[str, Tensor]:
             raise CheckpointError(f"{name}: {key} is sparse, nested or quantised")
     if not tensors:
         raise CheckpointError(f"{name}: holds no tensors")
+    if not isinstance(source, Mapping):
+        _refuse_more_than_the_file(tensors, Path(source))
     return tensors
 
 

@@ -13,7 +13,8 @@ import yaml
 
 from fastldm.errors import CheckpointError, ConfigError
 
-_MOST_BYTES = 1_000_000
+_MOST_BYTES = 2**16
+_MOST_NESTING = 20
 _MOST_ENTRIES = 10_000
 _MOST_SHOWN = 60
 _LARGEST = 2**31
@@ -22,7 +23,14 @@ _Fields = TypeVar("_Fields")
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Values only, and no aliases, by which a short text can stand for an endless one."""
+    """Values only; no aliases, by which a short text can stand for an endless one, and no deep
+    brackets, whose reading takes a time that grows with the square of their depth.
+    """
+
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        if self.flow_level >= _MOST_NESTING:
+            raise ConfigError(f"brackets inside brackets, more than {_MOST_NESTING} deep")
+        super().fetch_flow_collection_start(token)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -31,7 +39,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML file of at most 1 MB as dicts, lists, strings and numbers.
+    """A YAML file of at most 64 KiB as dicts, lists, strings and numbers.
 
     Raises:
         CheckpointError: there is no such file.
@@ -41,7 +49,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
     if path.stat().st_size > _MOST_BYTES:
-        raise ConfigError(f"{path}: {path.stat().st_size} bytes; a config has at most a million")
+        raise ConfigError(f"{path}: {path.stat().st_size} bytes; accepted: at most {_MOST_BYTES}")
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
