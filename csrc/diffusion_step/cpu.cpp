@@ -24,6 +24,11 @@ step::Prediction prediction_of(const std::string& name) {
   return step::Prediction::kVelocity;
 }
 
+step::Form form_of(const std::string& sampler, bool takes_epsilon_anew) {
+  if (sampler == "ddpm") return step::Form::kDDPM;
+  return takes_epsilon_anew ? step::Form::kDDIMAnew : step::Form::kDDIM;
+}
+
 step::Variance variance_of(const std::string& name, bool is_given) {
   if (is_given && name == "learned") return step::Variance::kLearned;
   if (is_given && name == "learned_range") return step::Variance::kLearnedRange;
@@ -35,6 +40,16 @@ bool has_strides_of(const Tensor& value, const Tensor& sample) {
     if (sample.size(dim) != 1 && value.stride(dim) != sample.stride(dim)) return false;
   }
   return true;
+}
+
+// Numbers, or rows of them, for the batch or for each sample.
+void check_scalars(const char* name, const OptionalTensor& value, bool is_floating,
+                   at::IntArrayRef one, at::IntArrayRef each) {
+  if (!value) return;
+  const bool fits = value->sizes() == one || value->sizes() == each;
+  TORCH_CHECK(fits && value->device().is_cpu() && value->is_floating_point() == is_floating, name,
+              ": got ", value->scalar_type(), " of shape ", value->sizes(), " on ",
+              value->device());
 }
 
 // `value` in the order in memory of `sample`.
@@ -55,7 +70,8 @@ bool is_sample_by_sample(const Tensor& sample) {
 template <typename T>
 std::vector<T> values_of(const OptionalTensor& tensor, at::ScalarType type) {
   if (!tensor) return {};
-  const Tensor dense = tensor->to(type).contiguous();
+  const bool as_it_is = tensor->scalar_type() == type && tensor->is_contiguous();
+  const Tensor dense = as_it_is ? *tensor : tensor->to(type).contiguous();
   const T* data = dense.const_data_ptr<T>();
   return std::vector<T>(data, data + dense.numel());
 }
@@ -77,9 +93,12 @@ std::vector<step::Scalars<T>> scalars_of(const step::Step<T>& step, const Option
                                          const OptionalTensor& threshold,
                                          const OptionalTensor& guidance_scales) {
   const at::ScalarType type = c10::CppTypeToScalarType<T>::value;
-  const int64_t width = coefficients.size(-1);
-  const bool is_ddpm = step.sampler == step::Sampler::kDDPM;
-  TORCH_CHECK(width == (is_ddpm ? 7 : 5), "coefficients: got ", width, " columns");
+  const bool is_ddpm = step.form == step::Form::kDDPM;
+  const int64_t width = is_ddpm ? 7 : 5;
+  check_scalars("coefficients", coefficients, true, {width}, {step.batch, width});
+  check_scalars("threshold", threshold, true, {step.batch}, {step.batch});
+  check_scalars("guidance_scales", guidance_scales, true, {}, {step.batch});
+  TORCH_CHECK(!threshold || !options.clip_range, "threshold: given beside clip_range");
   const std::vector<T> table = values_of<T>(coefficients, type);
   const std::vector<T> bounds = values_of<T>(threshold, type);
   const std::vector<T> scales = values_of<T>(guidance_scales, type);
@@ -109,7 +128,7 @@ void update(step::Step<T>& step, const Options& options, const Tensor& coefficie
   std::vector<step::Scalars<T>> scalars =
       scalars_of(step, options, coefficients, threshold, guidance_scales);
   step.scalars = scalars.data();
-  step.divides_by_threshold = threshold.has_value();
+  if (threshold) step.limit = step::Limit::kThreshold;
   step.rescale = static_cast<T>(options.guidance_rescale);
   step.keep = static_cast<T>(1 - options.guidance_rescale);
   if (step.uncond.data && step.rescale != 0) {
@@ -127,16 +146,21 @@ std::tuple<Tensor, Tensor> diffusion_step_fwd(
     bool use_clipped_model_output, const std::string& variance_type,
     const OptionalTensor& predicted_variance, const OptionalTensor& model_output_uncond,
     double guidance_scale, const OptionalTensor& guidance_scales, double guidance_rescale,
-    const OptionalTensor& noise, const OptionalTensor& seed, const OptionalTensor& offset) {
+    const OptionalTensor& noise, const OptionalTensor& seed, const OptionalTensor& offset,
+    bool return_original) {
   TORCH_CHECK(sample.device().is_cpu() && sample.dim() > 0,
               "sample: expected a CPU tensor [B, ...]");
   const bool in_place = is_sample_by_sample(sample);
   const Tensor x = in_place ? sample : sample.contiguous();
   const Tensor output = arranged(model_output, x), uncond = arranged(model_output_uncond, x);
   const Tensor variance = arranged(predicted_variance, x);
+  check_scalars("seed", seed, false, {1}, {x.size(0)});
+  check_scalars("offset", offset, false, {}, {});
+  TORCH_CHECK(!seed || (offset && !noise), "seed: given without offset, or beside noise");
   const std::vector<int64_t> seeds = values_of<int64_t>(seed, at::kLong);
   const uint64_t position = offset ? static_cast<uint64_t>(offset->item<int64_t>()) : 0;
-  const Tensor previous = at::empty_like(x), original = at::empty_like(x);
+  const Tensor previous = at::empty_like(x);
+  const Tensor original = return_original ? at::empty_like(x) : Tensor();
 
   const auto run = [&](auto zero) {
     using T = decltype(zero);
@@ -163,10 +187,9 @@ std::tuple<Tensor, Tensor> diffusion_step_fwd(
     step.noise = source(given);
     step.previous = target(previous);
     step.original = target(original);
-    step.sampler = sampler == "ddpm" ? step::Sampler::kDDPM : step::Sampler::kDDIM;
+    step.form = form_of(sampler, use_clipped_model_output);
     step.prediction = prediction_of(prediction_type);
     step.variance_type = variance_of(variance_type, variance.defined());
-    step.takes_epsilon_anew = use_clipped_model_output;
     update(step, {clip_range, guidance_scale, guidance_rescale}, coefficients, threshold,
            guidance_scales);
   };
@@ -175,8 +198,11 @@ std::tuple<Tensor, Tensor> diffusion_step_fwd(
   } else {
     run(float{});
   }
-  if (in_place) return {previous, original};
-  return {at::empty_like(sample).copy_(previous), at::empty_like(sample).copy_(original)};
+  const auto arranged_as_sample = [&](const Tensor& result) {
+    return in_place ? result : at::empty_like(sample).copy_(result);
+  };
+  return {arranged_as_sample(previous),
+          return_original ? arranged_as_sample(original) : at::empty({0}, sample.options())};
 }
 
 }  // namespace fastldm

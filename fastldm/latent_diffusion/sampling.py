@@ -132,6 +132,8 @@ def _make_step(
         raise ConfigError(f"eta: got {options.eta}, but {type(scheduler).__name__} has none")
     if "generator" in accepted:
         arguments["generator"] = list(generators)
+    if "return_original" in accepted:
+        arguments["return_original"] = False
     folded = "model_output_uncond" in accepted
 
     def step(output: Tensor, output_uncond: Tensor | None, timestep: Tensor, z: Tensor) -> Tensor:

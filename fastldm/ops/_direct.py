@@ -33,11 +33,12 @@ def may_call_kernel(*operands: Tensor | None) -> bool:
     if forward_ad._current_level >= 0:
         return False
     records = torch.is_grad_enabled()
-    return not any(
-        type(value) not in _PLAIN or (records and value.requires_grad)
-        for value in operands
-        if value is not None
-    )
+    for value in operands:
+        if value is None:
+            continue
+        if type(value) not in _PLAIN or (records and value.requires_grad):
+            return False
+    return True
 
 
 def raw(name: str, backend: str, *operands: Tensor | None) -> Callable[..., Any]:

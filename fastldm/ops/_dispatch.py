@@ -27,12 +27,16 @@ OPERATORS = (
 BACKENDS = ("triton", "cpp", "reference")
 """In the order in which "auto" tries them."""
 
+# The interpreter, in which Triton kernels take CPU tensors, has to be asked for by name.
+_BACKENDS_ON = {"cpu": ("cpp", "reference")}
+
 _CUDA_DIMENSIONS = 8
 _MOST_KEYS = 256
 _WIDEST_HEAD = 160
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _REAL_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_STEP_DTYPES = (*_REAL_DTYPES, torch.int64)
 _TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _logger = logging.getLogger("fastldm.ops")
 _reported: set[tuple[str, str, str]] = set()
@@ -88,26 +92,35 @@ def explain(op_name: str, *args: Any, **kwargs: Any) -> str:
     return "\n".join(lines)
 
 
-def choose(op_name: str, *args: Any, **kwargs: Any) -> str:
-    """The backend that serves this call.
+def choose(op_name: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
+    """The backend that serves this call; `x` is its first argument.
 
     Raises:
         BackendUnavailableError: the backend asked for by name cannot; the message says why.
     """
     requested = _requested.get()
     if requested == "auto":
-        for name in BACKENDS:
-            reason = why_not(op_name, name, *args, **kwargs)
+        for name in _BACKENDS_ON.get(x.device.type, BACKENDS):
+            reason = why_not(op_name, name, x, *args, **kwargs)
             if reason is None:
                 return name
             _report_once(op_name, name, reason)
-    reason = why_not(op_name, requested, *args, **kwargs)
+    reason = why_not(op_name, requested, x, *args, **kwargs)
     if reason is not None:
         raise BackendUnavailableError(
             f"backend {requested!r} cannot serve {op_name}: {reason}; "
             "use backend('auto') to let another one serve it"
         )
     return requested
+
+
+def prefers_cpp(x: Tensor) -> bool:
+    """Whether calls on `x` go to the C++ kernels, as far as its device says."""
+    return (
+        x.device.type == "cpu"
+        and _requested.get() in ("auto", "cpp")
+        and _extension_problem() is None
+    )
 
 
 def why_not(op_name: str, name: str, *args: Any, **kwargs: Any) -> str | None:
@@ -130,7 +143,6 @@ def _why_not_triton(name: str, x: Tensor) -> str | None:
         return f"no kernel for {name} of {x.dtype}"
     if x.device.type == "cuda":
         return _triton_problem()
-    # The interpreter is a test's: it has to be asked for by name.
     if x.device.type == "cpu" and _requested.get() == "triton" and _interprets():
         return None
     return f"it serves CUDA tensors, {name} is on {x.device}"
@@ -152,8 +164,8 @@ def _cross_attention_triton(
     return None
 
 
-def _step_triton(sample: Tensor, *_: Any, **__: Any) -> str | None:
-    return _why_not_triton("sample", sample)
+def _step_triton(sample: Tensor, *operands: Tensor, **options: Any) -> str | None:
+    return _why_not_triton("sample", sample) or _step_dtype_problem(*operands, *options.values())
 
 
 def _group_norm_silu_cpp(x: Tensor, *_: Any, **__: Any) -> str | None:
@@ -167,10 +179,14 @@ def _group_norm_silu_cpp(x: Tensor, *_: Any, **__: Any) -> str | None:
 def _diffusion_step_cpp(sample: Tensor, *operands: Tensor, **options: Any) -> str | None:
     if sample.device.type != "cpu":
         return f"it serves CPU tensors, sample is on {sample.device}"
-    for value in (sample, *operands, *options.values()):
-        if isinstance(value, Tensor) and value.dtype not in _REAL_DTYPES:
+    return _step_dtype_problem(sample, *operands, *options.values()) or _extension_problem()
+
+
+def _step_dtype_problem(*arguments: Any) -> str | None:
+    for value in arguments:
+        if isinstance(value, Tensor) and value.dtype not in _STEP_DTYPES:
             return f"no kernel for an operand of {value.dtype}"
-    return _extension_problem()
+    return None
 
 
 def _vector_quantize_cpp(z: Tensor, codebook: Tensor, *, channel_dim: int = 1) -> str | None:

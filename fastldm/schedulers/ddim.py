@@ -141,6 +141,7 @@ class DDIMScheduler(DiffusionScheduler):
         guidance_scale: float | Tensor = 1.0,
         guidance_rescale: float = 0.0,
         seed: int | Tensor | None = None,
+        return_original: bool = True,
     ) -> DDIMSchedulerOutput | tuple[Tensor, Tensor]:
         """Go from x_t to the previous time step of the run (2010.02502, eq. 12).
 
@@ -158,9 +159,11 @@ class DDIMScheduler(DiffusionScheduler):
                 the step, as in `fastldm.ops.ddim_step`.
             seed: draw the noise inside the step from this seed (int, or int64 [B] with one a
                 sample) and the time step.
+            return_original: give ``pred_original_sample``; without it a step writes half as much.
 
         Returns:
-            ``prev_sample`` and ``pred_original_sample``, both with the dtype of `sample`.
+            ``prev_sample`` and ``pred_original_sample``, both with the dtype of `sample`; the
+            latter is empty, [0], where it is not wanted.
 
         Raises:
             ConfigError: `set_timesteps` has not been called, or an argument is not accepted; the
@@ -184,6 +187,7 @@ class DDIMScheduler(DiffusionScheduler):
             **self._limits(sample, model_output, coefficients, guidance),
             **guidance,
             **noise,
+            return_original=return_original,
         )
         if not return_dict:
             return output.prev_sample, output.pred_original_sample

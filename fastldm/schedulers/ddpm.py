@@ -129,6 +129,7 @@ class DDPMScheduler(DiffusionScheduler):
         guidance_scale: float | Tensor = 1.0,
         guidance_rescale: float = 0.0,
         seed: int | Tensor | None = None,
+        return_original: bool = True,
     ) -> DDPMSchedulerOutput | tuple[Tensor, Tensor]:
         """Go from x_t to the previous time step of the run (2006.11239, eq. 7).
 
@@ -147,9 +148,11 @@ class DDPMScheduler(DiffusionScheduler):
                 `model_output`.
             seed: draw the noise inside the step from this seed (int, or int64 [B] with one a
                 sample) and the time step.
+            return_original: give ``pred_original_sample``; without it a step writes half as much.
 
         Returns:
-            ``prev_sample`` and ``pred_original_sample``, both with the dtype of `sample`.
+            ``prev_sample`` and ``pred_original_sample``, both with the dtype of `sample`; the
+            latter is empty, [0], where it is not wanted.
 
         Raises:
             ConfigError: an argument is not accepted; the message names it.
@@ -176,6 +179,7 @@ class DDPMScheduler(DiffusionScheduler):
             **self._limits(sample, model_output, coefficients, guidance),
             **guidance,
             **noise,
+            return_original=return_original,
         )
         if not return_dict:
             return output.prev_sample, output.pred_original_sample

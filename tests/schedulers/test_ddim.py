@@ -125,6 +125,9 @@ def test_step_outputs_and_positional_signature():
     assert isinstance(as_tuple, tuple)
     assert torch.equal(as_tuple[0], result.prev_sample)
     assert torch.equal(as_tuple[1], result.pred_original_sample)
+    latest = scheduler.step(output, 500, sample, 0.7, True, None, noise, return_original=False)
+    assert torch.equal(latest.prev_sample, result.prev_sample)
+    assert latest.pred_original_sample.numel() == 0
     reference = diffusers.DDIMScheduler()
     reference.set_timesteps(4)
     theirs = reference.step(output, 500, sample, 0.7, True, None, noise)

@@ -19,7 +19,8 @@ namespace fastldm::step {
 constexpr int kBlock = kNormalsPerCall;
 
 enum class Prediction { kEpsilon, kSample, kVelocity };
-enum class Sampler { kDDIM, kDDPM };
+enum class Form { kDDIM, kDDIMAnew, kDDPM };  // anew: epsilon is taken from the limited x0
+enum class Limit { kRange, kThreshold };      // the threshold divides what it has limited
 enum class Variance { kFixed, kLearned, kLearnedRange };
 
 // What is the same for all elements of a sample; the names are those of coefficients.py.
@@ -38,13 +39,13 @@ struct Scalars {
 template <typename T>
 struct Step {
   Source sample, output, uncond, variance, noise;  // uncond, variance and noise may be null
-  Target previous, original;
-  int64_t batch = 0, size = 0;          // elements of a sample
-  const Scalars<T>* scalars = nullptr;  // [B]
-  Sampler sampler = Sampler::kDDIM;
+  Target previous, original;                       // original may be null
+  int64_t batch = 0, size = 0;                     // elements of a sample
+  const Scalars<T>* scalars = nullptr;             // [B]
+  Form form = Form::kDDIM;
+  Limit limit = Limit::kRange;
   Prediction prediction = Prediction::kEpsilon;
   Variance variance_type = Variance::kFixed;
-  bool divides_by_threshold = false, takes_epsilon_anew = false;
   T rescale = 0, keep = 1;         // phi and 1 - phi
   const int64_t* seeds = nullptr;  // [1] or [B], or null where no noise is drawn
   int64_t num_seeds = 0;
@@ -55,55 +56,87 @@ struct Step {
 
 // u + scale (c - u)
 template <typename T>
-FASTLDM_INLINE void guide(const T* __restrict__ c, const T* __restrict__ u, T scale, int count,
-                          T* __restrict__ out) {
-  for (int i = 0; i < count; ++i) out[i] = u[i] + scale * (c[i] - u[i]);
+FASTLDM_INLINE T guide(T c, T u, T scale) {
+  return u + scale * (c - u);
 }
 
-// x0 of the prediction, within its limits.
-template <typename T>
-FASTLDM_INLINE void predict(Prediction prediction, const T* __restrict__ x,
-                            const T* __restrict__ out, const Scalars<T>& of, bool divides,
-                            int count, T* __restrict__ raw, T* __restrict__ original) {
-  switch (prediction) {
-    case Prediction::kEpsilon:
-      for (int i = 0; i < count; ++i) raw[i] = (x[i] - of.sqrt_beta * out[i]) / of.sqrt_alpha;
-      break;
-    case Prediction::kSample:
-      for (int i = 0; i < count; ++i) raw[i] = out[i];
-      break;
-    case Prediction::kVelocity:
-      for (int i = 0; i < count; ++i) raw[i] = of.sqrt_alpha * x[i] - of.sqrt_beta * out[i];
-      break;
-  }
-  for (int i = 0; i < count; ++i) {
-    const T above = raw[i] < of.lower ? of.lower : raw[i];
-    original[i] = above > of.upper ? of.upper : above;
-  }
-  if (divides) {
-    for (int i = 0; i < count; ++i) original[i] /= of.upper;
-  }
-}
-
-template <typename T>
-FASTLDM_INLINE void ddim_update(const Step<T>& step, const Scalars<T>& of, const T* __restrict__ x,
-                                const T* __restrict__ out, const T* __restrict__ raw,
-                                const T* __restrict__ original, int count,
-                                T* __restrict__ previous) {
-  const T to_original = of.of_original, direction = of.of_other;
-  if (step.takes_epsilon_anew || step.prediction == Prediction::kSample) {
-    const T* source = step.takes_epsilon_anew ? original : raw;
-    for (int i = 0; i < count; ++i) {
-      const T epsilon = (x[i] - of.sqrt_alpha * source[i]) / of.sqrt_beta;
-      previous[i] = to_original * original[i] + direction * epsilon;
-    }
-  } else if (step.prediction == Prediction::kVelocity) {
-    for (int i = 0; i < count; ++i) {
-      const T epsilon = of.sqrt_alpha * out[i] + of.sqrt_beta * x[i];
-      previous[i] = to_original * original[i] + direction * epsilon;
-    }
+// x0 of the prediction, before it is limited.
+template <Prediction kPrediction, typename T>
+FASTLDM_INLINE T predict(const Scalars<T>& of, T x, T out) {
+  if constexpr (kPrediction == Prediction::kEpsilon) {
+    return (x - of.sqrt_beta * out) / of.sqrt_alpha;
+  } else if constexpr (kPrediction == Prediction::kVelocity) {
+    return of.sqrt_alpha * x - of.sqrt_beta * out;
   } else {
-    for (int i = 0; i < count; ++i) previous[i] = to_original * original[i] + direction * out[i];
+    return out;
+  }
+}
+
+// What the update adds to x0: epsilon, or with DDPM the sample.
+template <Form kForm, Prediction kPrediction, typename T>
+FASTLDM_INLINE T other(const Scalars<T>& of, T x, T out, T raw, T original) {
+  if constexpr (kForm == Form::kDDPM) {
+    return x;
+  } else if constexpr (kForm == Form::kDDIMAnew) {
+    return (x - of.sqrt_alpha * original) / of.sqrt_beta;
+  } else if constexpr (kPrediction == Prediction::kSample) {
+    return (x - of.sqrt_alpha * raw) / of.sqrt_beta;
+  } else if constexpr (kPrediction == Prediction::kVelocity) {
+    return of.sqrt_alpha * out + of.sqrt_beta * x;
+  } else {
+    return out;
+  }
+}
+
+template <typename T>
+struct Block {
+  const T *x, *out, *uncond;  // uncond is null where nothing is left to guide
+  int count;
+  T *original, *previous;
+};
+
+template <bool kGuided, Limit kLimit, Form kForm, Prediction kPrediction, typename T>
+FASTLDM_INLINE void update(const Scalars<T>& of, const T* __restrict__ x, const T* __restrict__ out,
+                           const T* __restrict__ uncond, int count, T* __restrict__ original,
+                           T* __restrict__ previous) {
+  for (int i = 0; i < count; ++i) {
+    T output = out[i];
+    if constexpr (kGuided) output = guide(output, uncond[i], of.guidance_scale);
+    const T raw = predict<kPrediction>(of, x[i], output);
+    const T above = raw < of.lower ? of.lower : raw;
+    T limited = above > of.upper ? of.upper : above;
+    if constexpr (kLimit == Limit::kThreshold) limited /= of.upper;
+    original[i] = limited;
+    previous[i] = of.of_original * limited +
+                  of.of_other * other<kForm, kPrediction>(of, x[i], output, raw, limited);
+  }
+}
+
+template <bool kGuided, Limit kLimit, Form kForm, typename T>
+FASTLDM_INLINE void update(const Step<T>& step, const Scalars<T>& of, const Block<T>& in) {
+  const auto [x, out, uncond, count, original, previous] = in;
+  switch (step.prediction) {
+    case Prediction::kEpsilon:
+      return update<kGuided, kLimit, kForm, Prediction::kEpsilon>(of, x, out, uncond, count,
+                                                                  original, previous);
+    case Prediction::kSample:
+      return update<kGuided, kLimit, kForm, Prediction::kSample>(of, x, out, uncond, count,
+                                                                 original, previous);
+    case Prediction::kVelocity:
+      return update<kGuided, kLimit, kForm, Prediction::kVelocity>(of, x, out, uncond, count,
+                                                                   original, previous);
+  }
+}
+
+template <bool kGuided, Limit kLimit, typename T>
+FASTLDM_INLINE void update(const Step<T>& step, const Scalars<T>& of, const Block<T>& in) {
+  switch (step.form) {
+    case Form::kDDIM:
+      return update<kGuided, kLimit, Form::kDDIM>(step, of, in);
+    case Form::kDDIMAnew:
+      return update<kGuided, kLimit, Form::kDDIMAnew>(step, of, in);
+    case Form::kDDPM:
+      return update<kGuided, kLimit, Form::kDDPM>(step, of, in);
   }
 }
 
@@ -157,51 +190,68 @@ struct Update {
   template <bool kFused>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) T of_sample[kBlock], of_output[kBlock], of_uncond[kBlock], guided[kBlock];
-    alignas(64) T raw[kBlock], of_original[kBlock], of_previous[kBlock], of_noise[kBlock];
+    alignas(64) T of_original[kBlock], of_previous[kBlock], of_noise[kBlock];
     alignas(64) T of_variance[kBlock], sigma[kBlock];
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / step.blocks(), start = task % step.blocks() * kBlock;
       const int64_t first = b * step.size + start;
       const int count = static_cast<int>(std::min<int64_t>(kBlock, step.size - start));
       const Scalars<T>& of = step.scalars[b];
-      const T* x = read(step.sample, first, count, of_sample);
-      const T* out = read(step.output, first, count, of_output);
-      if (step.uncond.data) {
-        guide(out, read(step.uncond, first, count, of_uncond), of.guidance_scale, count, guided);
-        out = guided;
-        if (step.rescale != 0) {
-          for (int i = 0; i < count; ++i) {
-            guided[i] = step.rescale * (guided[i] * of.deviation_ratio) + step.keep * guided[i];
-          }
-        }
+      Block<T> in{read(step.sample, first, count, of_sample),
+                  read(step.output, first, count, of_output),
+                  nullptr,
+                  count,
+                  step.original.data ? room(step.original, first, of_original) : of_original,
+                  room(step.previous, first, of_previous)};
+      if (step.uncond.data) in.uncond = read(step.uncond, first, count, of_uncond);
+      if (in.uncond && (step.rescale != 0 || step.limit == Limit::kThreshold)) {
+        guide_and_rescale(of, in, guided);
+        in.out = guided;
+        in.uncond = nullptr;
       }
-      T* original = room(step.original, first, of_original);
-      T* previous = room(step.previous, first, of_previous);
-      predict(step.prediction, x, out, of, step.divides_by_threshold, count, raw, original);
-      if (step.sampler == Sampler::kDDIM) {
-        ddim_update(step, of, x, out, raw, original, count, previous);
+      if (in.uncond) {
+        update<true, Limit::kRange>(step, of, in);
+      } else if (step.limit == Limit::kRange) {
+        update<false, Limit::kRange>(step, of, in);
       } else {
-        for (int i = 0; i < count; ++i) {
-          previous[i] = of.of_original * original[i] + of.of_other * x[i];
-        }
+        update<false, Limit::kThreshold>(step, of, in);
       }
-      const T* noise = nullptr;
-      if (step.noise.data) {
-        noise = read(step.noise, first, count, of_noise);
-      } else if (step.seeds) {
-        const Noise<T> of_seed{step.seeds, step.num_seeds, step.size, step.offset, nullptr};
-        of_seed.make(b, start, count, of_noise);
-        noise = of_noise;
-      }
-      if (noise && step.variance_type != Variance::kFixed) {
-        const T* variance = read(step.variance, first, count, of_variance);
-        deviations<kFused>(step.variance_type, of, variance, count, sigma);
-        for (int i = 0; i < count; ++i) previous[i] += sigma[i] * noise[i];
-      } else if (noise) {
-        for (int i = 0; i < count; ++i) previous[i] += of.sigma * noise[i];
-      }
-      flush(previous, step.previous, first, count);
-      flush(original, step.original, first, count);
+      add_noise<kFused>(of, b, start, in, of_noise, of_variance, sigma);
+      flush(in.previous, step.previous, first, count);
+      if (step.original.data) flush(in.original, step.original, first, count);
+    }
+  }
+
+  FASTLDM_INLINE void guide_and_rescale(const Scalars<T>& of, const Block<T>& in,
+                                        T* __restrict__ guided) const {
+    const T* __restrict__ out = in.out, * __restrict__ uncond = in.uncond;
+    for (int i = 0; i < in.count; ++i) guided[i] = guide(out[i], uncond[i], of.guidance_scale);
+    if (step.rescale == 0) return;
+    for (int i = 0; i < in.count; ++i) {
+      guided[i] = step.rescale * (guided[i] * of.deviation_ratio) + step.keep * guided[i];
+    }
+  }
+
+  template <bool kFused>
+  FASTLDM_INLINE void add_noise(const Scalars<T>& of, int64_t b, int64_t start, const Block<T>& in,
+                                T* of_noise, T* of_variance, T* sigma) const {
+    const int64_t first = b * step.size + start;
+    const T* noise = of_noise;
+    T* __restrict__ previous = in.previous;
+    if (step.noise.data) {
+      noise = read(step.noise, first, in.count, of_noise);
+    } else if (step.seeds) {
+      const Noise<T> of_seed{step.seeds, step.num_seeds, step.size, step.offset, nullptr};
+      of_seed.make(b, start, in.count, of_noise);
+    } else {
+      return;
+    }
+    if (step.variance_type == Variance::kFixed) {
+      for (int i = 0; i < in.count; ++i) previous[i] += of.sigma * noise[i];
+    } else {
+      const T* variance = read(step.variance, first, in.count, of_variance);
+      deviations<kFused>(step.variance_type, of, variance, in.count, sigma);
+      for (int i = 0; i < in.count; ++i) previous[i] += sigma[i] * noise[i];
     }
   }
 };
@@ -216,13 +266,14 @@ struct DeviationRatio {
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) T of_output[kBlock], of_uncond[kBlock], guided[kBlock];
     for (int64_t b = begin; b < end; ++b) {
+      const T scale = scalars[b].guidance_scale;
       Moments conditional, combined;
       for (int64_t start = 0; start < step.size; start += kBlock) {
         const int64_t first = b * step.size + start;
         const int count = static_cast<int>(std::min<int64_t>(kBlock, step.size - start));
         const T* out = read(step.output, first, count, of_output);
-        guide(out, read(step.uncond, first, count, of_uncond), scalars[b].guidance_scale, count,
-              guided);
+        const T* uncond = read(step.uncond, first, count, of_uncond);
+        for (int i = 0; i < count; ++i) guided[i] = guide(out[i], uncond[i], scale);
         conditional.add(moments(out, count));
         combined.add(moments(guided, count));
       }

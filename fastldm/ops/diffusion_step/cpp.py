@@ -23,12 +23,13 @@ def ddim_step_fwd(
     noise: Tensor | None,
     seed: Tensor | None,
     offset: Tensor | None,
+    return_original: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's: the same operations in the same order, in one pass."""
     result: tuple[Tensor, Tensor] = extension().diffusion_step_fwd(
         "ddim", sample, model_output, coefficients, prediction_type, clip_range, threshold,
         use_clipped_model_output, "fixed_small", None, model_output_uncond, guidance_scale,
-        guidance_scales, guidance_rescale, noise, seed, offset,
+        guidance_scales, guidance_rescale, noise, seed, offset, return_original,
     )  # fmt: skip
     return result
 
@@ -50,11 +51,12 @@ def ddpm_step_fwd(
     noise: Tensor | None,
     seed: Tensor | None,
     offset: Tensor | None,
+    return_original: bool,
 ) -> tuple[Tensor, Tensor]:
     """As the reference's: the same operations in the same order, in one pass."""
     result: tuple[Tensor, Tensor] = extension().diffusion_step_fwd(
         "ddpm", sample, model_output, coefficients, prediction_type, clip_range, threshold, False,
         variance_type, predicted_variance, model_output_uncond, guidance_scale, guidance_scales,
-        guidance_rescale, noise, seed, offset,
+        guidance_rescale, noise, seed, offset, return_original,
     )  # fmt: skip
     return result

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
-from fastldm.ops import _direct
-from fastldm.ops._dispatch import choose
+from fastldm.ops import _direct, _schema
+from fastldm.ops._dispatch import choose, prefers_cpp
 from fastldm.ops.diffusion_step import reference
 from fastldm.ops.diffusion_step.coefficients import (
     LEARNED_VARIANCE_TYPES,
@@ -21,12 +20,15 @@ from fastldm.ops.diffusion_step.coefficients import (
 
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
+_WIDTHS = {"ddim_step": len(DDIMCoefficient), "ddpm_step": len(DDPMCoefficient)}
+_SHAPED_AS_SAMPLE = ("model_output_uncond", "predicted_variance", "noise")
+
 # torch.quantile refuses more elements than this in one call.
 _QUANTILE_LIMIT = 2**24 - 1
 
 
 class DiffusionStepOutput(NamedTuple):
-    """What a sampling step gives; both tensors have the sample's shape, dtype and strides."""
+    """What a sampling step gives; the tensors have the sample's shape, dtype and strides."""
 
     prev_sample: Tensor
     """The sample at the time step that the step leads to."""
@@ -49,6 +51,7 @@ def ddim_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
+    return_original: bool = True,
 ) -> DiffusionStepOutput:
     """One step of DDIM sampling (Song et al., 2010.02502, eq. 12), guidance folded in.
 
@@ -84,52 +87,34 @@ def ddim_step(
         seed: draw the noise inside instead: an int, or an int64 tensor [1] or [B] with one seed a
             sample. Philox 4x32-10, as `fastldm.ops.diffusion_step.reference.philox_normal` says.
         offset: with `seed`: an int or int64 tensor [], different at every step.
+        return_original: give ``pred_original_sample``; without it a step writes half as much.
 
     Returns:
-        ``(prev_sample, pred_original_sample)``, both with the shape, dtype and strides of `sample`.
+        ``(prev_sample, pred_original_sample)``, both with the shape, dtype and strides of `sample`;
+        the latter is empty, [0], where it is not wanted.
 
     Raises:
         ConfigError: an argument has a shape, dtype, device or value that is not accepted, or two
             arguments exclude each other; the message names it.
     """
-    _check(
-        sample, coefficients, len(DDIMCoefficient), prediction_type, clip_range, threshold,
-        guidance_scale, noise, seed,
-        like_sample={
-            "model_output": model_output,
-            "model_output_uncond": model_output_uncond,
-            "noise": noise,
-        },
-    )  # fmt: skip
-    seeds, position = _philox_state(sample, seed, offset)
-    scale, scales = _split_scale(guidance_scale)
-    step = _implementation(
+    return _step(
         "ddim_step",
         sample,
         model_output,
         coefficients,
-        threshold=threshold,
-        model_output_uncond=model_output_uncond,
-        guidance_scale=guidance_scale,
-        noise=noise,
-    )
-    return DiffusionStepOutput(
-        *step(
-            sample,
-            model_output,
-            coefficients,
-            prediction_type=prediction_type,
-            clip_range=clip_range,
-            threshold=threshold,
-            use_clipped_model_output=use_clipped_model_output,
-            model_output_uncond=model_output_uncond,
-            guidance_scale=scale,
-            guidance_scales=scales,
-            guidance_rescale=guidance_rescale,
-            noise=noise,
-            seed=seeds,
-            offset=position,
-        )
+        guidance_scale,
+        seed,
+        offset,
+        return_original,
+        {
+            "prediction_type": prediction_type,
+            "clip_range": clip_range,
+            "threshold": threshold,
+            "use_clipped_model_output": use_clipped_model_output,
+            "model_output_uncond": model_output_uncond,
+            "guidance_rescale": guidance_rescale,
+            "noise": noise,
+        },
     )
 
 
@@ -149,6 +134,7 @@ def ddpm_step(
     noise: Tensor | None = None,
     seed: int | Tensor | None = None,
     offset: int | Tensor = 0,
+    return_original: bool = True,
 ) -> DiffusionStepOutput:
     """One ancestral step of DDPM (Ho et al., 2006.11239, eq. 7 and 15), guidance folded in.
 
@@ -175,25 +161,16 @@ def ddpm_step(
         predicted_variance: the model's v, shape of `sample`; for the learned variances, which
             need it where noise is added.
         model_output_uncond, guidance_scale, guidance_rescale: as in `ddim_step`.
-        noise, seed, offset: as in `ddim_step`.
+        noise, seed, offset, return_original: as in `ddim_step`.
 
     Returns:
-        ``(prev_sample, pred_original_sample)``, both with the shape, dtype and strides of `sample`.
+        ``(prev_sample, pred_original_sample)``, both with the shape, dtype and strides of `sample`;
+        the latter is empty, [0], where it is not wanted.
 
     Raises:
         ConfigError: an argument has a shape, dtype, device or value that is not accepted, or two
             arguments exclude each other; the message names it.
     """
-    _check(
-        sample, coefficients, len(DDPMCoefficient), prediction_type, clip_range, threshold,
-        guidance_scale, noise, seed,
-        like_sample={
-            "model_output": model_output,
-            "model_output_uncond": model_output_uncond,
-            "predicted_variance": predicted_variance,
-            "noise": noise,
-        },
-    )  # fmt: skip
     if variance_type not in VARIANCE_TYPES:
         raise ConfigError(
             f"variance_type: got {variance_type!r}; accepted: {', '.join(VARIANCE_TYPES)}"
@@ -201,37 +178,25 @@ def ddpm_step(
     adds_noise = noise is not None or seed is not None
     if variance_type in LEARNED_VARIANCE_TYPES and adds_noise and predicted_variance is None:
         raise ConfigError(f"predicted_variance: needed with variance_type {variance_type!r}")
-    seeds, position = _philox_state(sample, seed, offset)
-    scale, scales = _split_scale(guidance_scale)
-    step = _implementation(
+    return _step(
         "ddpm_step",
         sample,
         model_output,
         coefficients,
-        threshold=threshold,
-        predicted_variance=predicted_variance,
-        model_output_uncond=model_output_uncond,
-        guidance_scale=guidance_scale,
-        noise=noise,
-    )
-    return DiffusionStepOutput(
-        *step(
-            sample,
-            model_output,
-            coefficients,
-            prediction_type=prediction_type,
-            clip_range=clip_range,
-            threshold=threshold,
-            variance_type=variance_type,
-            predicted_variance=predicted_variance,
-            model_output_uncond=model_output_uncond,
-            guidance_scale=scale,
-            guidance_scales=scales,
-            guidance_rescale=guidance_rescale,
-            noise=noise,
-            seed=seeds,
-            offset=position,
-        )
+        guidance_scale,
+        seed,
+        offset,
+        return_original,
+        {
+            "prediction_type": prediction_type,
+            "clip_range": clip_range,
+            "threshold": threshold,
+            "variance_type": variance_type,
+            "predicted_variance": predicted_variance,
+            "model_output_uncond": model_output_uncond,
+            "guidance_rescale": guidance_rescale,
+            "noise": noise,
+        },
     )
 
 
@@ -253,9 +218,8 @@ def predict_original_sample(
         Shape of `sample`, in float32, or float64 for a float64 sample.
     """
     _check(
-        sample, coefficients, coefficients.shape[-1], prediction_type, None, None, guidance_scale,
-        None, None,
-        like_sample={"model_output": model_output, "model_output_uncond": model_output_uncond},
+        sample, model_output, coefficients, coefficients.shape[-1], guidance_scale,
+        {"prediction_type": prediction_type, "model_output_uncond": model_output_uncond},
     )  # fmt: skip
     scale, scales = _split_scale(guidance_scale)
     return reference.original_sample(
@@ -289,17 +253,67 @@ def dynamic_threshold(original: Tensor, ratio: float = 0.995, max_value: float =
     return quantile.clamp(min=1, max=max_value)
 
 
-def _implementation(op_name: str, *operands: Tensor, **options: Any) -> Callable[..., Any]:
-    """What computes a step: a backend's raw operator, or the reference where autograd must see it.
+def _step(
+    op_name: str,
+    sample: Tensor,
+    model_output: Tensor,
+    coefficients: Tensor,
+    guidance_scale: float | Tensor,
+    seed: int | Tensor | None,
+    offset: int | Tensor,
+    return_original: bool,
+    options: dict[str, Any],
+) -> DiffusionStepOutput:
+    """Check, choose a backend and call it; `options` are the raw operator's other arguments.
 
     Raises:
         BackendUnavailableError: the backend asked for by name cannot serve the call.
+        ConfigError: see `ddim_step`.
     """
-    backend = choose(op_name, *operands, **options)
-    tensors = [*operands, *(value for value in options.values() if isinstance(value, Tensor))]
-    if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-        return reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
-    return _direct.raw(f"{op_name}_fwd", backend, *tensors)
+    scale, scales = _split_scale(guidance_scale)
+    seeds, position = _philox_state(sample, seed, offset)
+    options |= {
+        "guidance_scale": scale, "guidance_scales": scales, "seed": seeds, "offset": position,
+    }  # fmt: skip
+    operands = (sample, model_output, coefficients)
+    optional = (*map(options.get, _SHAPED_AS_SAMPLE), options["threshold"], scales, seeds, position)
+    tensors = [*operands, *(value for value in optional if value is not None)]
+    results = _unchecked(op_name, operands, tensors, options, return_original)
+    if results is None:
+        _check(sample, model_output, coefficients, _WIDTHS[op_name], guidance_scale, options)
+        backend = choose(op_name, *tensors)
+        if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
+            formula = reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
+            previous, original = formula(*operands, **options)
+            results = (previous, original if return_original else sample.new_empty(0))
+        else:
+            call = _direct.raw(f"{op_name}_fwd", backend, *tensors)
+            results = call(*operands, return_original=return_original, **options)
+    return DiffusionStepOutput(*results)
+
+
+def _unchecked(
+    op_name: str,
+    operands: tuple[Tensor, ...],
+    tensors: list[Tensor],
+    options: dict[str, Any],
+    return_original: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """What the C++ kernel gives where it may be called straight; None where it refuses.
+
+    It refuses what the checks refuse: they cost more time than a small step, and are to say what
+    is wrong.
+    """
+    if not (prefers_cpp(operands[0]) and _direct.may_call_kernel(*tensors)):
+        return None
+    kernel = _schema.kernel(f"{op_name}_fwd", "cpp")
+    try:
+        results: tuple[Tensor, Tensor] = kernel(
+            *operands, return_original=return_original, **options
+        )
+    except (RuntimeError, TypeError):
+        return None
+    return results
 
 
 def _split_scale(guidance_scale: float | Tensor) -> tuple[float, Tensor | None]:
@@ -315,10 +329,11 @@ def _philox_state(
     """Seed [1] or [B] and offset [] as int64 tensors on the device of `sample`."""
     if seed is None:
         return None, None
-    rows, batch = _int64("seed", seed, sample).reshape(-1), sample.shape[0]
-    if rows.shape[0] not in (1, batch):
+    rows = _int64("seed", seed, sample).reshape(-1)
+    if rows.shape[0] != 1 and rows.shape != sample.shape[:1]:
         raise ConfigError(
-            f"seed: got {rows.shape[0]} seeds; accepted: one, or one a sample ({batch})"
+            f"seed: got {rows.shape[0]} seeds; accepted: one, or one a sample of shape "
+            f"{list(sample.shape)}"
         )
     position = _int64("offset", offset, sample)
     if position.ndim != 0:
@@ -341,15 +356,11 @@ def _int64(name: str, value: int | Tensor, sample: Tensor) -> Tensor:
 
 def _check(
     sample: Tensor,
+    model_output: Tensor,
     coefficients: Tensor,
     width: int,
-    prediction_type: str,
-    clip_range: float | None,
-    threshold: Tensor | None,
     guidance_scale: float | Tensor,
-    noise: Tensor | None,
-    seed: int | Tensor | None,
-    like_sample: dict[str, Tensor | None],
+    options: dict[str, Any],
 ) -> None:
     """Raise ConfigError for what the raw operators do not accept."""
     if not sample.is_floating_point() or sample.ndim == 0:
@@ -357,33 +368,36 @@ def _check(
             f"sample: got {sample.dtype} of shape {list(sample.shape)}; "
             "accepted: a floating tensor [B, …]"
         )
-    shape = tuple(sample.shape)
-    for name, value in like_sample.items():
-        if value is not None:
-            _check_tensor(name, value, (shape,), sample)
-    batch = sample.shape[0]
-    _check_tensor("coefficients", coefficients, ((width,), (batch, width)), sample)
-    if threshold is not None:
-        _check_tensor("threshold", threshold, ((batch,),), sample)
-    if isinstance(guidance_scale, Tensor):
-        _check_tensor("guidance_scale", guidance_scale, ((), (batch,)), sample)
-    if prediction_type not in PREDICTION_TYPES:
-        raise ConfigError(
-            f"prediction_type: got {prediction_type!r}; accepted: {', '.join(PREDICTION_TYPES)}"
-        )
-    if clip_range is not None and threshold is not None:
-        raise ConfigError("threshold: give either clip_range or threshold, not both")
-    if noise is not None and seed is not None:
+    if options.get("seed") is not None and options["noise"] is not None:
         raise ConfigError("seed: give either noise or seed, not both")
+    shape, device = sample.shape, sample.device
+    _check_tensor("model_output", model_output, shape, shape, device)
+    for name in _SHAPED_AS_SAMPLE:
+        if (value := options.get(name)) is not None:
+            _check_tensor(name, value, shape, shape, device)
+    batch = shape[0]
+    _check_tensor("coefficients", coefficients, (width,), (batch, width), device)
+    if (threshold := options.get("threshold")) is not None:
+        _check_tensor("threshold", threshold, (batch,), (batch,), device)
+        if options["clip_range"] is not None:
+            raise ConfigError("threshold: give either clip_range or threshold, not both")
+    if isinstance(guidance_scale, Tensor):
+        _check_tensor("guidance_scale", guidance_scale, (), (batch,), device)
+    if (kind := options["prediction_type"]) not in PREDICTION_TYPES:
+        raise ConfigError(f"prediction_type: got {kind!r}; accepted: {', '.join(PREDICTION_TYPES)}")
 
 
 def _check_tensor(
-    name: str, value: Tensor, shapes: tuple[tuple[int, ...], ...], sample: Tensor
+    name: str,
+    value: Tensor,
+    shape: tuple[int, ...],
+    other_shape: tuple[int, ...],
+    device: torch.device,
 ) -> None:
-    fits = tuple(value.shape) in shapes
-    if not fits or not value.is_floating_point() or value.device != sample.device:
-        accepted = " or ".join(str(list(shape)) for shape in shapes)
+    fits = value.shape == shape or value.shape == other_shape
+    if not fits or value.device != device or not value.is_floating_point():
+        accepted = " or ".join(str(list(accepted)) for accepted in {shape: 0, other_shape: 0})
         raise ConfigError(
             f"{name}: got {value.dtype} of shape {list(value.shape)} on {value.device}; "
-            f"accepted: a floating tensor {accepted} on {sample.device}"
+            f"accepted: a floating tensor {accepted} on {device}"
         )

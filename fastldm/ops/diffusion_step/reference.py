@@ -246,16 +246,29 @@ def ddpm_step(
     return previous.to(sample.dtype), original.to(sample.dtype)
 
 
-def ddim_step_fwd(sample: Tensor, *operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """`ddim_step` into memory of its own, in the layout of `sample`, as a raw operator must."""
-    previous, original = ddim_step(sample, *operands, **options)
-    return torch.empty_like(sample).copy_(previous), torch.empty_like(sample).copy_(original)
+def ddim_step_fwd(
+    sample: Tensor, *operands: Tensor, return_original: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`ddim_step` as a raw operator."""
+    return _own_memory(sample, ddim_step(sample, *operands, **options), return_original)
 
 
-def ddpm_step_fwd(sample: Tensor, *operands: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """`ddpm_step` into memory of its own, in the layout of `sample`, as a raw operator must."""
-    previous, original = ddpm_step(sample, *operands, **options)
-    return torch.empty_like(sample).copy_(previous), torch.empty_like(sample).copy_(original)
+def ddpm_step_fwd(
+    sample: Tensor, *operands: Tensor, return_original: bool, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """`ddpm_step` as a raw operator."""
+    return _own_memory(sample, ddpm_step(sample, *operands, **options), return_original)
+
+
+def _own_memory(
+    sample: Tensor, results: tuple[Tensor, Tensor], return_original: bool
+) -> tuple[Tensor, Tensor]:
+    """In the layout of `sample`; the original is [0] where it is not wanted."""
+    previous, original = results
+    return (
+        torch.empty_like(sample).copy_(previous),
+        torch.empty_like(sample).copy_(original) if return_original else sample.new_empty(0),
+    )
 
 
 def original_sample(

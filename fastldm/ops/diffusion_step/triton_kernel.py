@@ -2,7 +2,8 @@
 
 Element i of a sample has two coordinates, outer and inner, and each tensor strides of its own for
 them, so that a channels_last model output meets a contiguous sample; where all tensors are dense in
-one order there is but one coordinate, and 16 bytes a thread. Scalars are read from device memory.
+one order there is but one coordinate, and 16 bytes a thread. The numbers of the elements in the
+noise, which are row-major, have coordinates of their own. Scalars are read from device memory.
 Every product, sum and quotient is rounded as in the reference, and the noise has its bits.
 
 Rescaled guidance needs the standard deviations of each sample first: a launch of its own takes the
@@ -25,9 +26,9 @@ from fastldm.ops.diffusion_step.coefficients import LEARNED_VARIANCE_TYPES
 from fastldm.ops.diffusion_step.strides import Walk, row_major, walk
 from fastldm.ops.diffusion_step.triton_noise import normal_blocks, normal_elements
 
-_BLOCK_BYTES = 2048  # of the sample, to a program: 16 for each of 128 threads
-_MOMENTS_BLOCK = 2048
-_MOST_PIECES = 256
+BLOCK_BYTES = 2048  # of the sample, to a program: 16 for each of 128 threads
+MOMENTS_BLOCK = 2048
+MOST_PIECES = 64
 _OPTIONS = {**LAUNCH_OPTIONS, "enable_fp_fusion": False}
 
 
@@ -132,12 +133,13 @@ def _diffusion_step_fwd_kernel(
     sample_ptr, output_ptr, uncond_ptr, noise_ptr, variance_ptr, coefficients_ptr, threshold_ptr,
     guidance_scales_ptr, moments_ptr, seed_ptr, offset_ptr, previous_ptr, original_ptr,
     sample_strides, output_strides, uncond_strides, noise_strides, variance_strides,
-    logical_strides, result_strides,
+    result_strides, number_strides,
     row_stride, column_stride, threshold_stride, scales_stride, seed_stride,
-    guidance_scale, rescale, kept, clip_range, count, inner_size, blocks, span, pieces,
+    guidance_scale, rescale, kept, clip_range, count, inner_size, number_inner_size,
+    blocks, span, pieces,
     DDPM: tl.constexpr, PREDICTION: tl.constexpr, VARIANCE: tl.constexpr,
-    REDERIVED: tl.constexpr, FLAT: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
-    PIECES: tl.constexpr, BLOCK: tl.constexpr,
+    REDERIVED: tl.constexpr, FLAT: tl.constexpr, NUMBERS_FLAT: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, PIECES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = (tl.program_id(0) // blocks).to(tl.int64)
     first = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK
@@ -204,18 +206,20 @@ def _diffusion_step_fwd_kernel(
             seed = tl.load(seed_ptr + b * seed_stride)
             offset = tl.load(offset_ptr)
             # One seed counts through the whole tensor, a seed a sample through that sample.
-            start = b * logical_strides[0]
+            start = b * number_strides[0]
             if WHOLE_BLOCKS:
                 block = (start + first) // 4 + tl.arange(0, BLOCK // 4)
                 noise = normal_blocks(block, seed, offset)
             else:
-                index = start + outer * logical_strides[1] + inner * logical_strides[2]
+                row, column = _position(i, number_inner_size, NUMBERS_FLAT)
+                index = start + row * number_strides[1] + column * number_strides[2]
                 noise = normal_elements(index, seed, offset)
         previous = previous + sigma * noise
 
     at = b * result_strides[0] + outer * result_strides[1] + inner * result_strides[2]
     tl.store(previous_ptr + at, previous.to(previous_ptr.dtype.element_ty), mask=in_sample)
-    tl.store(original_ptr + at, limited.to(original_ptr.dtype.element_ty), mask=in_sample)
+    if original_ptr is not None:
+        tl.store(original_ptr + at, limited.to(original_ptr.dtype.element_ty), mask=in_sample)
 
 
 def ddim_step_fwd(
@@ -269,46 +273,49 @@ def _step(
     noise: Tensor | None,
     seed: Tensor | None,
     offset: Tensor | None,
+    return_original: bool,
 ) -> tuple[Tensor, Tensor]:
-    previous, original = torch.empty_like(sample), torch.empty_like(sample)
+    previous = torch.empty_like(sample)
+    original = torch.empty_like(sample) if return_original else sample.new_empty(0)
     if not sample.numel():
         return previous, original
     inputs: tuple[Tensor | None, ...] = (
         sample, model_output, model_output_uncond, noise, predicted_variance,
     )  # fmt: skip
     results = (previous, original)
-    path = _walk(previous, inputs, seed)
-    if path is None:
+    images, numbers = _walk(previous, inputs), _walk_numbers(previous, seed)
+    if images is None or numbers is None:
         inputs = tuple(None if t is None else t.contiguous() for t in inputs)
-        results = (sample.new_empty(sample.shape), sample.new_empty(sample.shape))
-        path = _walk(results[0], inputs, seed)
-        assert path is not None
-    *input_strides, logical_strides, result_strides = path.strides
+        results = (previous.new_empty(previous.shape), original.new_empty(original.shape))
+        images, numbers = _walk(results[0], inputs), _walk_numbers(results[0], seed)
+        assert images is not None
+        assert numbers is not None
     batch, count = sample.shape[0], math.prod(sample.shape[1:])
     scales_stride = _per_sample_stride(guidance_scales)
     with on_device_of(sample):
         moments, span, pieces = None, 0, 1
         if model_output_uncond is not None and guidance_rescale:
-            span = _MOMENTS_BLOCK * -(-count // (_MOMENTS_BLOCK * _MOST_PIECES))
-            pieces = -(-count // span)
+            span, pieces = pieces_of(count)
             moments = sample.new_empty((batch, pieces, 4), dtype=torch.float32)
             _diffusion_step_moments_kernel[(batch * pieces,)](
-                inputs[1], inputs[2], guidance_scales, moments, input_strides[1], input_strides[2],
-                scales_stride, guidance_scale, count, path.inner_size, span, pieces,
-                FLAT=path.is_flat, BLOCK=_MOMENTS_BLOCK, **_OPTIONS,
+                inputs[1], inputs[2], guidance_scales, moments, *images.strides[1:3], scales_stride,
+                guidance_scale, count, images.inner_size, span, pieces,
+                FLAT=images.is_flat, BLOCK=MOMENTS_BLOCK, **_OPTIONS,
             )  # fmt: skip
-        block = _BLOCK_BYTES // sample.itemsize
+        block = BLOCK_BYTES // sample.itemsize
         blocks = -(-count // block)
-        whole_blocks = path.is_flat and logical_strides[0] % 4 == 0
+        whole_blocks = numbers.is_flat and numbers.strides[0][0] % 4 == 0
         _diffusion_step_fwd_kernel[(batch * blocks,)](
-            *inputs, coefficients, threshold, guidance_scales, moments, seed, offset, *results,
-            *input_strides, logical_strides, result_strides,
+            *inputs, coefficients, threshold, guidance_scales, moments, seed, offset,
+            results[0], results[1] if return_original else None,
+            *images.strides, *numbers.strides,
             coefficients.stride(0) if coefficients.ndim == 2 else 0, coefficients.stride(-1),
             _per_sample_stride(threshold), scales_stride, _per_sample_stride(seed),
             guidance_scale, guidance_rescale, 1 - guidance_rescale, clip_range,
-            count, path.inner_size, blocks, span, pieces,
+            count, images.inner_size, numbers.inner_size, blocks, span, pieces,
             DDPM=is_ddpm, PREDICTION=prediction_type, VARIANCE=variance_type, REDERIVED=rederived,
-            FLAT=path.is_flat, WHOLE_BLOCKS=whole_blocks, PIECES=triton.next_power_of_2(pieces),
+            FLAT=images.is_flat, NUMBERS_FLAT=numbers.is_flat, WHOLE_BLOCKS=whole_blocks,
+            PIECES=triton.next_power_of_2(pieces),
             BLOCK=block, **_OPTIONS,
         )  # fmt: skip
     if results[0] is not previous:
@@ -317,16 +324,27 @@ def _step(
     return previous, original
 
 
-def _walk(result: Tensor, inputs: Sequence[Tensor | None], seed: Tensor | None) -> Walk | None:
-    """A walk over the inputs, the numbers of the elements in the noise, and the result."""
+def pieces_of(count: int) -> tuple[int, int]:
+    """In pieces of how many elements the moments of a sample are taken, and how many pieces."""
+    span = MOMENTS_BLOCK * -(-count // (MOMENTS_BLOCK * MOST_PIECES))
+    return span, -(-count // span)
+
+
+def _walk(result: Tensor, inputs: Sequence[Tensor | None]) -> Walk | None:
+    """A walk over the inputs and the result."""
     absent = (0,) * result.ndim
-    logical = absent
-    if seed is not None:
-        logical = row_major(result.shape)
-        if seed.shape[0] > 1:
-            logical = (0, *logical[1:])
     strides = (absent if t is None else t.stride() for t in inputs)
-    return walk(result, (*strides, logical, result.stride()))
+    return walk(result, (*strides, result.stride()))
+
+
+def _walk_numbers(result: Tensor, seed: Tensor | None) -> Walk | None:
+    """A walk over the numbers that the elements of the result have in the noise."""
+    numbers = (0,) * result.ndim
+    if seed is not None:
+        numbers = row_major(result.shape)
+        if seed.shape[0] > 1:
+            numbers = (0, *numbers[1:])
+    return walk(result, (numbers,))
 
 
 def _per_sample_stride(values: Tensor | None) -> int:

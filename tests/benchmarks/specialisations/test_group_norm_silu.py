@@ -2,46 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from fastldm.ops import _triton
-
-if not _triton.interprets():
-    pytest.skip("the bytes are counted in Triton's interpreter", allow_module_level=True)
-
-from triton.runtime import interpreter
-
 from benchmarks.specialisations import group_norm_silu as specialisations
 from fastldm.ops.group_norm_silu import plan
-
-
-@pytest.fixture
-def traffic(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The bytes of each global load and store."""
-    counted: list[int] = []
-    builder = interpreter.interpreter_builder
-    load, store = builder.create_masked_load, builder.create_masked_store
-
-    def count(pointers: Any, mask: Any) -> None:
-        width = pointers.get_element_ty().primitive_bitwidth // 8
-        counted.append(int(mask.data.sum()) * width)
-
-    def counting_load(pointers: Any, mask: Any, *rest: Any) -> Any:
-        count(pointers, mask)
-        return load(pointers, mask, *rest)
-
-    def counting_store(pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
-        count(pointers, mask)
-        return store(pointers, value, mask, *rest)
-
-    monkeypatch.setattr(builder, "create_masked_load", counting_load)
-    monkeypatch.setattr(builder, "create_masked_store", counting_store)
-    return counted
 
 
 @pytest.mark.parametrize("names", [(), specialisations.AFFINE, specialisations.EVERY_OPTION])

@@ -255,6 +255,20 @@ def test_outputs_are_memory_of_their_own(op):
 
 
 @pytest.mark.parametrize("op", ["ddim", "ddpm"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_the_original_need_not_be_given(op, gradient):
+    tensors = draw("sample", "model_output", "noise", dtype=torch.float32)
+    tensors["sample"] = tensors["sample"].transpose(2, 3).requires_grad_(gradient)
+    tensors["noise"], tensors["model_output"] = tensors["noise"].mT, tensors["model_output"].mT
+    both = run(op, tensors)
+    one = run(op, tensors, return_original=False)
+    assert both.pred_original_sample.shape == SHAPE[:2] + SHAPE[:1:-1]
+    assert one.pred_original_sample.shape == (0,)
+    assert torch.equal(one.prev_sample, both.prev_sample)
+    assert one.prev_sample.requires_grad == gradient
+
+
+@pytest.mark.parametrize("op", ["ddim", "ddpm"])
 def test_time_steps_may_differ_within_a_batch(op):
     tensors = draw("sample", "model_output", "noise")
     alpha = torch.tensor([0.2, 0.6], dtype=torch.float64)
@@ -376,7 +390,8 @@ def test_one_compiled_step_serves_every_time_step_and_batch_size():
 
 
 @pytest.mark.parametrize("op", ["ddim", "ddpm"])
-def test_raw_operator_keeps_its_contract(op, served_by):
+@pytest.mark.parametrize("return_original", [True, False])
+def test_raw_operator_keeps_its_contract(op, return_original, served_by):
     tensors = draw("sample", "model_output", "noise", dtype=torch.float32)
     raw = torch.ops.fastldm.ddim_step_fwd if op == "ddim" else torch.ops.fastldm.ddpm_step_fwd
     specific: dict[str, Any] = {"use_clipped_model_output": False}
@@ -391,7 +406,7 @@ def test_raw_operator_keeps_its_contract(op, served_by):
             "model_output_uncond": tensors["noise"], "guidance_scale": 2.0,
             "guidance_scales": None, "guidance_rescale": 0.5, "noise": None,
             "seed": torch.tensor([3]), "offset": torch.tensor(1),
-            "backend": served_by, **specific,
+            "return_original": return_original, "backend": served_by, **specific,
         },
         test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
     )  # fmt: skip
@@ -473,8 +488,13 @@ def test_backend_is_the_one_asked_for(op):
     with backend("triton"), pytest.raises(BackendUnavailableError, match=f"{op}_step"):
         run(op, tensors)
     packed = coefficients(op, torch.float64)
-    report = explain(f"{op}_step", tensors["sample"], tensors["model_output"], packed)
+    operands = (tensors["sample"], tensors["model_output"], packed)
+    report = explain(f"{op}_step", *operands, seed=torch.tensor(3), offset=1)
     assert "reference: can serve" in report
+    assert "no kernel for an operand" not in report
+    assert "cpp: no kernel for an operand of torch.float8_e5m2" in explain(
+        f"{op}_step", tensors["sample"], tensors["model_output"].to(torch.float8_e5m2), packed
+    )
 
 
 def test_bad_variance_is_named():

@@ -171,8 +171,8 @@ def test_rescaling_joins_the_moments_of_pieces(
     count: int, assert_accurate: Any, triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Around a mean far from zero, where a sum of squares would leave nothing."""
-    monkeypatch.setattr(triton_kernel, "_MOMENTS_BLOCK", 16)
-    monkeypatch.setattr(triton_kernel, "_MOST_PIECES", 8)
+    monkeypatch.setattr(triton_kernel, "MOMENTS_BLOCK", 16)
+    monkeypatch.setattr(triton_kernel, "MOST_PIECES", 8)
     drawn = _draw((2, count), torch.float32, "sample", "output", "model_output_uncond")
     drawn["output"] += 3000
     drawn["model_output_uncond"] += 3000
