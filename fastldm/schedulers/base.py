@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fastldm.configuration import ConfigMixin
 from fastldm.errors import CheckpointError, ConfigError
+from fastldm.outputs import BaseOutput
 from fastldm.storage import write_json
 
 _OTHER_SCHEDULERS_FIELDS = frozenset({
@@ -32,6 +34,16 @@ _OTHER_SCHEDULERS_FIELDS = frozenset({
 
 _EXTENSIONS: dict[str, Any] = {"schedule_dtype": "float32"}
 """Fields that diffusers does not know, with the value at which both do the same."""
+
+
+@dataclass
+class SchedulerOutput(BaseOutput):
+    """What a sampling step gives."""
+
+    prev_sample: Tensor
+    """The sample that the step leads to: the next input of the model."""
+    pred_original_sample: Tensor | None = None
+    """x₀ as predicted at this step, where the scheduler gives it."""
 
 
 class SchedulerMixin(ConfigMixin):

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from fastldm.configuration import register_to_config
-from fastldm.errors import ConfigError
 from fastldm.ops import ddim_coefficients, ddim_step
 from fastldm.outputs import BaseOutput
-from fastldm.schedulers.diffusion import DiffusionScheduler, noise_arguments
-from fastldm.schedulers.timesteps import COMPVIS_SPACINGS
+from fastldm.schedulers.diffusion import noise_arguments
+from fastldm.schedulers.strided import StridedScheduler
 
 
 @dataclass
@@ -27,7 +26,7 @@ class DDIMSchedulerOutput(BaseOutput):
     """x₀ as predicted at this step, after clipping or thresholding."""
 
 
-class DDIMScheduler(DiffusionScheduler):
+class DDIMScheduler(StridedScheduler):
     """DDIM, with diffusers' fields and defaults.
 
     CompVis's sampler is ``beta_schedule="scaled_linear", clip_sample=False, steps_offset=1,
@@ -74,9 +73,7 @@ class DDIMScheduler(DiffusionScheduler):
     ) -> None:
         self._set_schedule()
         self._set_limits()
-        self.final_alpha_cumprod = (
-            torch.ones_like(self.alphas_cumprod[0]) if set_alpha_to_one else self.alphas_cumprod[0]
-        )
+        self._set_final_alpha()
 
     def set_timesteps(
         self, num_inference_steps: int, device: str | torch.device | None = None
@@ -93,32 +90,6 @@ class DDIMScheduler(DiffusionScheduler):
         timesteps = self._spaced_timesteps(num_inference_steps)
         self.num_inference_steps = len(timesteps)
         self.timesteps = timesteps.to(device)
-
-    def previous_timestep(self, timestep: int) -> int:
-        """``timestep − ⌊T/S⌋``, with CompVis's spacings the one visited next; negative for x₀.
-
-        Raises:
-            ConfigError: `set_timesteps` has not been called, or a CompVis run does not visit
-                `timestep`.
-        """
-        if self.config.timestep_spacing in COMPVIS_SPACINGS:
-            return super().previous_timestep(timestep)
-        return timestep - self._stride()
-
-    def _stride(self) -> int:
-        return self.num_train_timesteps // self._run_length()
-
-    def _run_length(self) -> int:
-        if self.num_inference_steps is None:
-            raise ConfigError("num_inference_steps: not set; call set_timesteps before step")
-        return self.num_inference_steps
-
-    def _pairs(self) -> tuple[Tensor, Tensor]:
-        if self.config.timestep_spacing in COMPVIS_SPACINGS:
-            self._run_length()
-            return super()._pairs()
-        every = torch.arange(self.num_train_timesteps, device=self.alphas_cumprod.device)
-        return every, every - self._stride()
 
     def _make_table(self, eta: float) -> Tensor:
         visited, previous = self._pairs()

@@ -143,21 +143,30 @@ class DiffusionScheduler(NoiseScheduler, ABC):
 
     @abstractmethod
     def _make_table(self, eta: float) -> Tensor:
-        """The scalars of the steps from all training time steps, [T, K]."""
+        """The scalars of the steps from all training time steps, [T, K]; more rows may follow."""
 
-    def _coefficients(self, timestep: int | Tensor, sample: Tensor, eta: float = 0.0) -> Tensor:
-        """The scalars of the step from `timestep`: [K], or [B, K] for time steps [B]."""
+    def _coefficients(
+        self, timestep: int | Tensor, sample: Tensor, eta: float = 0.0, first_row: int = 0
+    ) -> Tensor:
+        """The scalars of the step from `timestep`: [K], or [B, K] for time steps [B].
+
+        They stand in the table's row `first_row` + `timestep`.
+        """
         if isinstance(timestep, Tensor) and timestep.shape == (1,):
             timestep = timestep[0]
+        table = self._table(sample, eta)
+        if not stays_on_device(timestep):
+            return table[first_row + self._checked_timestep(timestep)]
+        rows = table.index_select(0, first_row + timestep.to(sample.device).reshape(-1))
+        return rows.reshape(*timestep.shape, table.shape[1])
+
+    def _table(self, sample: Tensor, eta: float = 0.0) -> Tensor:
+        """The table where `sample` is, in the precision of its steps."""
         dtype = compute_dtype(sample)
         key = (eta, sample.device, dtype)
         if key not in self._tables:
             self._tables[key] = self._make_table(eta).to(sample.device, dtype)
-        table = self._tables[key]
-        if not stays_on_device(timestep):
-            return table[self._checked_timestep(timestep)]
-        rows = table.index_select(0, timestep.to(sample.device).reshape(-1))
-        return rows.reshape(*timestep.shape, table.shape[1])
+        return self._tables[key]
 
     def _checked_timestep(self, timestep: int | Tensor) -> int:
         try:

@@ -39,7 +39,7 @@ def spaced_timesteps(
     Raises:
         ConfigError: `num_inference_steps` is not an integer from 1 to T.
     """
-    steps, total = _step_count(num_inference_steps, num_train_timesteps), num_train_timesteps
+    steps, total = check_step_count(num_inference_steps, num_train_timesteps), num_train_timesteps
     if timestep_spacing == "linspace":
         return _descending(np.linspace(0, total - 1, steps).round())
     if timestep_spacing == "trailing":
@@ -78,9 +78,14 @@ def custom_timesteps(timesteps: Sequence[int], num_train_timesteps: int) -> Tens
     return torch.tensor(values, dtype=torch.int64)
 
 
-def _step_count(num_inference_steps: int, num_train_timesteps: int) -> int:
+def check_step_count(num_inference_steps: int | None, num_train_timesteps: int) -> int:
+    """The number of steps as an int.
+
+    Raises:
+        ConfigError: it is not an integer from 1 to T.
+    """
     try:
-        steps = operator.index(num_inference_steps)
+        steps = operator.index(num_inference_steps)  # type: ignore[arg-type]
     except TypeError:
         steps = 0
     if not 1 <= steps <= num_train_timesteps:
