@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -38,36 +37,6 @@ def assert_accurate(record_property: Callable[[str, object], None]) -> Iterator[
     yield check
     if ratios:
         record_property("error / allowed", max(ratios))  # which tests/conftest.py sums up
-
-
-@pytest.fixture(scope="session")
-def triton_device() -> Iterator[str]:
-    """Where Triton kernels run: a GPU, or the CPU in Triton's interpreter."""
-    pytest.importorskip("triton")
-    if torch.cuda.is_available():
-        yield "cuda"
-    else:
-        with _fast_interpreter():
-            yield "cpu"
-
-
-@contextmanager
-def _fast_interpreter() -> Iterator[None]:
-    """Without patching triton.language anew in every call of a device function, 20 ms each."""
-    from triton.runtime import interpreter
-
-    slow = interpreter.InterpretedFunction.__call__
-    patched: set[int] = set()
-
-    def fast(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if id(self.fn.__globals__) not in patched:
-            patched.add(id(self.fn.__globals__))
-            return slow(self, *args, **kwargs)
-        return self.rewrite()(*args, **kwargs)
-
-    interpreter.InterpretedFunction.__call__ = fast
-    yield
-    interpreter.InterpretedFunction.__call__ = slow
 
 
 def _poison(dtype: torch.dtype) -> float:
