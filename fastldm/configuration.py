@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from fastldm.diffusers_classes import join_diffusers
 from fastldm.errors import ConfigError
 from fastldm.storage import read_json, write_json
 
@@ -20,8 +21,15 @@ _Config = TypeVar("_Config", bound="ConfigMixin")
 _Init = TypeVar("_Init", bound=Callable[..., None])
 
 
+_SETTABLE = frozenset({"encoder_hid_dim_type"})
+
+
 class FrozenConfig(dict[str, Any]):
-    """A read-only dict whose entries are also attributes."""
+    """A read-only dict whose entries are also attributes.
+
+    diffusers' pipelines note a loaded IP-Adapter in one attribute, which they may; the entry of
+    that name, and what is saved, stay as they are.
+    """
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -32,7 +40,12 @@ class FrozenConfig(dict[str, Any]):
     def _read_only(self, *_: Any, **__: Any) -> Any:
         raise TypeError("a config is read-only; build the object anew with from_config(…)")
 
-    __setattr__ = __setitem__ = __delitem__ = _read_only
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _SETTABLE:
+            self._read_only()
+        super().__setattr__(name, value)
+
+    __setitem__ = __delitem__ = _read_only
     __delattr__ = update = pop = popitem = setdefault = clear = _read_only
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -93,7 +106,21 @@ class ConfigMixin:
 
     def register_config(self, **values: Any) -> None:
         """Record `values` beside those already in ``config``."""
+        join_diffusers(type(self))
         self.__dict__["_config"] = FrozenConfig({**self.config, **values})
+
+    def register_to_config(self, **values: Any) -> None:
+        """Change fields of ``config``, as diffusers' training scripts do; nothing is rebuilt."""
+        self.register_config(**values)
+
+    @property
+    def _internal_dict(self) -> FrozenConfig:
+        """What diffusers' pipelines assign where they correct an old config."""
+        return self.config
+
+    @_internal_dict.setter
+    def _internal_dict(self, config: Mapping[str, Any]) -> None:
+        self.register_to_config(**config)
 
     @classmethod
     def from_config(cls: type[_Config], config: Mapping[str, Any], **overrides: Any) -> _Config:

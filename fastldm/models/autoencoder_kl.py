@@ -60,6 +60,7 @@ class AutoencoderKL(FirstStageModel):
         ConfigError: an argument has a value that is not listed, or two do not fit each other.
     """
 
+    diffusers_class = "AutoencoderKL"
     extension_fields = frozenset(
         {
             "attention_type",

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from fastldm.configuration import ConfigMixin, read_config_file
+from fastldm.diffusers_classes import join_diffusers
 from fastldm.errors import CheckpointError, ConfigError, FastLDMError
 from fastldm.models.weights import (
     Locator,
@@ -31,10 +32,20 @@ _OFF_ONLY = frozenset({
 })  # fmt: skip
 
 
-class ModelMixin(nn.Module, ConfigMixin):
+class ModelMixin(ConfigMixin, nn.Module):
     """A model that is stored as ``config.json`` and safetensors, in diffusers' layout."""
 
     weights_name: ClassVar[str] = "diffusion_pytorch_model.safetensors"
+    diffusers_class: ClassVar[str] = "ModelMixin"
+    """What a class of this kind also is in a program that uses diffusers."""
+
+    def __init__(self) -> None:
+        # A class of diffusers among the bases would go on to build its own modules.
+        nn.Module.__init__(self)
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        join_diffusers(cls)
 
     @classmethod
     def from_pretrained(
@@ -227,6 +238,7 @@ class ModelMixin(nn.Module, ConfigMixin):
         *,
         max_shard_size: int | str = "10GB",
         variant: str | None = None,
+        safe_serialization: bool = True,
     ) -> None:
         """Write ``config.json`` and the weights into a folder, which is made if it is missing.
 
@@ -237,10 +249,14 @@ class ModelMixin(nn.Module, ConfigMixin):
             max_shard_size: weights beyond this many bytes (or such as ``"10GB"``) are split into
                 several files with an index.
             variant: such as ``"fp16"``, put into the file names.
+            safe_serialization: diffusers' keyword; weights are only ever written as safetensors.
 
         Raises:
+            ConfigError: `safe_serialization` is False.
             OSError: the folder cannot be written; what was in it is unchanged.
         """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization: False would write a pickle; fastldm writes none")
         write_model_folder(
             Path(save_directory),
             self.config_name,

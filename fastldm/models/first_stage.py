@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import ConfigError, DataError
+from fastldm.models.attention_mixin import AttentionMixin
 from fastldm.models.base import ModelMixin
 from fastldm.modules.autoencoder_blocks import Decoder, Encoder
 from fastldm.outputs import BaseOutput
@@ -29,7 +30,7 @@ class DecoderOutput(BaseOutput):
     commit_loss: Tensor | None = None
 
 
-class FirstStageModel(ModelMixin):
+class FirstStageModel(AttentionMixin, ModelMixin):
     """An encoder and a decoder with 1×1 convolutions between them and the latents."""
 
     encoder: Encoder

@@ -72,6 +72,7 @@ class UNet2DModel(UNetBase):
         ConfigError: a field has a value that is not listed, or two do not fit each other.
     """
 
+    diffusers_class = "UNet2DModel"
     extension_fields = frozenset({"num_attention_heads", "resample_with_conv"})
 
     @register_to_config

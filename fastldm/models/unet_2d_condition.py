@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastldm.configuration import register_to_config
 from fastldm.errors import DataError
+from fastldm.models.lora_scale import LoraScale
 from fastldm.models.unet_attention import AttentionFields
 from fastldm.models.unet_base import UNetOptions, check_choice, per_level
 from fastldm.models.unet_embeddings import EmbeddingOptions, EmbeddingUNet
@@ -95,6 +96,7 @@ class UNet2DConditionModel(EmbeddingUNet):
         ConfigError: a field has a value that is not listed, or two do not fit each other.
     """
 
+    diffusers_class = "UNet2DConditionModel"
     extension_fields = frozenset(
         {"downsample_type", "num_head_channels", "resample_with_conv", "upsample_type"}
     )
@@ -291,7 +293,7 @@ class UNet2DConditionModel(EmbeddingUNet):
         timestep_cond: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
-        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        added_cond_kwargs: Mapping[str, Any] | None = None,
         down_block_additional_residuals: Sequence[Tensor] | None = None,
         mid_block_additional_residual: Tensor | None = None,
         down_intrablock_additional_residuals: Sequence[Tensor] | None = None,
@@ -307,9 +309,10 @@ class UNet2DConditionModel(EmbeddingUNet):
             timestep_cond: [B, time_cond_proj_dim].
             attention_mask: [B, keys], 1 or True = attend, for the self-attention of the
                 transformers; it must fit every level that has one.
-            cross_attention_kwargs: None or empty; this model has no attention processors.
+            cross_attention_kwargs: ``scale``: the strength of LoRA layers that PEFT has loaded;
+                others go to the attention processors that take them.
             added_cond_kwargs: with "text_time", ``text_embeds`` [B, width] and ``time_ids``
-                [B, numbers].
+                [B, numbers]; with an IP-Adapter, ``image_embeds``, one entry an adapter.
             down_block_additional_residuals: of a ControlNet: one for each feature map that the
                 way up takes.
             mid_block_additional_residual: of a ControlNet, together with the former.
@@ -326,48 +329,63 @@ class UNet2DConditionModel(EmbeddingUNet):
                 for is missing, or one that it does not know is given.
         """
         self._check_sample(sample)
-        if cross_attention_kwargs:
-            raise DataError(
-                f"cross_attention_kwargs: expected none, got {sorted(cross_attention_kwargs)}"
-            )
         if (down_block_additional_residuals is None) != (mid_block_additional_residual is None):
             raise DataError(
                 "down_block_additional_residuals, mid_block_additional_residual: a ControlNet "
                 "gives both; T2I-Adapter features go to down_intrablock_additional_residuals"
             )
-        if self._center_input_sample:
-            sample = 2 * sample - 1.0
-        context = self._context(
-            sample,
-            encoder_hidden_states,
-            encoder_attention_mask,
-            attention_mask,
-            self._context_widths,
-        )
-        emb = self._embed(
-            sample,
-            timestep,
-            timestep_cond,
-            class_labels,
-            encoder_hidden_states,
-            added_cond_kwargs,
-        )
+        keywords = dict(cross_attention_kwargs or {})
         adapter = tuple(down_intrablock_additional_residuals or ())
-        sample, states = self._down(self.conv_in(sample), emb, context, adapter)
-        if down_block_additional_residuals is not None:
-            if len(down_block_additional_residuals) != len(states):
-                raise DataError(
-                    f"down_block_additional_residuals: expected {len(states)}, "
-                    f"got {len(down_block_additional_residuals)}"
-                )
-            pairs = zip(states, down_block_additional_residuals, strict=True)
-            states = [state + residual for state, residual in pairs]
-        if self.mid_block is not None:
-            sample = self.mid_block(sample, emb, context)
-            last = adapter[len(self.down_blocks) :]
-            if last and last[0].shape == sample.shape:
-                sample = sample + last[0]
-        if mid_block_additional_residual is not None:
-            sample = sample + mid_block_additional_residual
-        sample = self._finish(self._up(sample, states, emb, context))
+        with LoraScale(self, keywords.pop("scale", 1.0)):
+            if self._center_input_sample:
+                sample = 2 * sample - 1.0
+            context = self._context(
+                sample,
+                encoder_hidden_states,
+                encoder_attention_mask,
+                attention_mask,
+                self._context_widths,
+                added_cond_kwargs,
+                self._checked_keywords(keywords),
+            )
+            emb = self._embed(
+                sample,
+                timestep,
+                timestep_cond,
+                class_labels,
+                encoder_hidden_states,
+                added_cond_kwargs,
+            )
+            sample, states = self._down(self.conv_in(sample), emb, context, adapter)
+            if down_block_additional_residuals is not None:
+                if len(down_block_additional_residuals) != len(states):
+                    raise DataError(
+                        f"down_block_additional_residuals: expected {len(states)}, "
+                        f"got {len(down_block_additional_residuals)}"
+                    )
+                states = [
+                    state + residual
+                    for state, residual in zip(states, down_block_additional_residuals, strict=True)
+                ]
+            if self.mid_block is not None:
+                sample = self.mid_block(sample, emb, context)
+                last = adapter[len(self.down_blocks) :]
+                if last and last[0].shape == sample.shape:
+                    sample = sample + last[0]
+            if mid_block_additional_residual is not None:
+                sample = sample + mid_block_additional_residual
+            sample = self._finish(self._up(sample, states, emb, context))
         return UNet2DConditionOutput(sample) if return_dict else (sample,)
+
+    def _checked_keywords(self, keywords: dict[str, Any]) -> dict[str, Any]:
+        """`keywords`, each of which some attention processor takes."""
+        accepted: set[str] = set()
+        if keywords:
+            for _, attention in self._attentions():
+                accepted |= attention.processor_arguments
+        if not accepted.issuperset(keywords):
+            raise DataError(
+                f"cross_attention_kwargs: no attention processor takes "
+                f"{', '.join(map(repr, sorted(set(keywords) - accepted)))}"
+            )
+        return keywords

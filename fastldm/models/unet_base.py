@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import ConfigError, DataError
+from fastldm.models.attention_mixin import AttentionMixin
 from fastldm.models.base import ModelMixin
-from fastldm.modules.activations import group_norm, norm_and_activate
+from fastldm.modules.activations import group_norm
+from fastldm.modules.freeu import FreeU
 from fastldm.modules.unet_blocks import (
     AttentionOptions,
     Context,
@@ -76,7 +78,7 @@ AttentionOfLevel = Callable[[type[AttentionOptions], int], AttentionOptions]
 """Maps the kind of attention and the number of a block to the options of its attention."""
 
 
-class UNetBase(ModelMixin):
+class UNetBase(AttentionMixin, ModelMixin):
     """A UNet whose subclass makes the embeddings and says which attention a level has."""
 
     time_proj: nn.Module
@@ -118,7 +120,10 @@ class UNetBase(ModelMixin):
             self._needs_divisible_size |= kind == "resnet"
             return "plain" if kind == "conv" and not options.resample_with_conv else kind
 
+        # An IP-Adapter numbers the attentions in this order.
         self.down_blocks = nn.ModuleList()
+        self.up_blocks = nn.ModuleList()
+        self.mid_block = mid_block
         for level, name in enumerate(options.down_block_types):
             block_type = _block_type("down_block_types", name, DOWN_BLOCK_TYPES)
             kind = block_type.attention
@@ -133,10 +138,8 @@ class UNetBase(ModelMixin):
                     options.downsample_padding,
                 )
             )
-        self.mid_block = mid_block
         channels.reverse()
         layers = list(reversed(options.layers_per_block))
-        self.up_blocks = nn.ModuleList()
         for level, name in enumerate(options.up_block_types):
             block_type = _block_type("up_block_types", name, UP_BLOCK_TYPES)
             kind = block_type.attention
@@ -151,6 +154,22 @@ class UNetBase(ModelMixin):
                     resampling(block_type, options.upsample_type, level),
                 )
             )
+
+    def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
+        """Turn on FreeU (https://arxiv.org/abs/2309.11497).
+
+        Args:
+            s1, s2: factors of the skips' low frequencies at the lowest and second lowest
+                resolution.
+            b1, b2: factors of half of the backbone's channels there.
+        """
+        for block, factors in zip(self.up_blocks, ((b1, s1), (b2, s2)), strict=False):
+            cast(UNetUpBlock2D, block).freeu = FreeU(*factors)
+
+    def disable_freeu(self) -> None:
+        """Turn off FreeU."""
+        for block in self.up_blocks:
+            cast(UNetUpBlock2D, block).freeu = None
 
     def _add_ends(
         self,
@@ -259,7 +278,7 @@ class UNetBase(ModelMixin):
         return sample
 
     def _finish(self, sample: Tensor) -> Tensor:
-        sample = norm_and_activate(self.conv_norm_out, sample, self.conv_act)
+        sample = self.conv_norm_out(sample, self.conv_act)
         return self.conv_out(sample)
 
 

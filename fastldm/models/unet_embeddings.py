@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ class EmbeddingUNet(UNetBase):
         time_embed_dim, input_dim = self._add_time_embedding(options)
         self._add_class_embedding(options, input_dim, time_embed_dim)
         self._add_addition_embedding(options, time_embed_dim)
-        self.encoder_hid_proj: nn.Linear | None = None
+        self.encoder_hid_proj: nn.Module | None = None
         if options.encoder_hid_dim is not None:
             width = options.required("cross_attention_dim", "encoder_hid_dim (one for all levels)")
             self.encoder_hid_proj = nn.Linear(options.encoder_hid_dim, width)
@@ -161,7 +162,7 @@ class EmbeddingUNet(UNetBase):
         timestep_cond: Tensor | None,
         class_labels: Tensor | None,
         encoder_hidden_states: Tensor,
-        added_cond_kwargs: Mapping[str, Tensor] | None,
+        added_cond_kwargs: Mapping[str, Any] | None,
     ) -> Tensor:
         """What every residual block receives, [B, width]."""
         timesteps = self._timesteps(timestep, sample)
@@ -178,7 +179,7 @@ class EmbeddingUNet(UNetBase):
                 emb = emb + self.add_embedding(self._text_and_time(added_cond_kwargs, emb))
         return emb if self.time_embed_act is None else self.time_embed_act(emb)
 
-    def _text_and_time(self, added: Mapping[str, Tensor] | None, emb: Tensor) -> Tensor:
+    def _text_and_time(self, added: Mapping[str, Any] | None, emb: Tensor) -> Tensor:
         """SDXL's pooled text and embedded sizes, [B, projection_class_embeddings_input_dim]."""
         missing = {"text_embeds", "time_ids"} - set(added or {})
         if added is None or missing:
@@ -203,10 +204,13 @@ class EmbeddingUNet(UNetBase):
         encoder_attention_mask: Tensor | None,
         attention_mask: Tensor | None,
         widths: frozenset[int],
+        added_cond_kwargs: Mapping[str, Any] | None,
+        keywords: Mapping[str, Any],
     ) -> Context:
         """What the transformers attend to; `widths` is what they accept."""
-        if self.encoder_hid_proj is not None:
-            widths = frozenset({self.encoder_hid_proj.in_features})
+        projection = self._text_projection()
+        if projection is not None:
+            widths = frozenset({projection.in_features})
         shape = list(encoder_hidden_states.shape)
         if len(shape) != 3 or shape[0] != sample.shape[0] or {shape[2]} != (widths or {shape[2]}):
             expected = " or ".join(str(width) for width in sorted(widths)) or "any"
@@ -223,6 +227,22 @@ class EmbeddingUNet(UNetBase):
             encoder_attention_mask = encoder_attention_mask.bool()
         if attention_mask is not None:
             attention_mask = attention_mask.bool()
-        if self.encoder_hid_proj is not None:
-            encoder_hidden_states = self.encoder_hid_proj(encoder_hidden_states)
-        return Context(encoder_hidden_states, encoder_attention_mask, attention_mask)
+        hidden_states: Any = encoder_hidden_states
+        if projection is not None:
+            hidden_states = projection(hidden_states)
+        image_projection = self._image_projection()
+        if image_projection is not None:
+            if added_cond_kwargs is None or "image_embeds" not in added_cond_kwargs:
+                raise DataError("added_cond_kwargs: the loaded IP-Adapter needs 'image_embeds'")
+            hidden_states = (hidden_states, image_projection(added_cond_kwargs["image_embeds"]))
+        return Context(hidden_states, encoder_attention_mask, attention_mask, keywords)
+
+    def _image_projection(self) -> Any:
+        """The projection that diffusers' IP-Adapter loader puts in place of the text's, or None."""
+        return None if hasattr(self.encoder_hid_proj, "in_features") else self.encoder_hid_proj
+
+    def _text_projection(self) -> Any:
+        """The layer that projects the text's features, or None."""
+        if self._image_projection() is not None:
+            return getattr(self, "text_encoder_hid_proj", None)
+        return self.encoder_hid_proj

@@ -51,6 +51,7 @@ class VQModel(FirstStageModel):
         ConfigError: an argument has a value that is not listed, or two do not fit each other.
     """
 
+    diffusers_class = "VQModel"
     extension_fields = frozenset(
         {
             "attention_type",

@@ -29,32 +29,33 @@ def get_activation(name: str) -> nn.Module:
     return _ACTIVATIONS[name.lower()]()
 
 
-def norm_and_activate(
-    norm: nn.GroupNorm, x: Tensor, activation: nn.Module | None = None, **fused: Any
-) -> Tensor:
-    """``activation(norm(x))`` through `fastldm.ops.group_norm_silu`.
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm and an activation through `fastldm.ops.group_norm_silu`."""
 
-    Args:
-        norm: holds the weights; its own forward is not called.
-        x: [B, C, *spatial].
-        activation: SiLU runs inside the operator, any other one after it.
-        fused: ``channel_add``, ``residual``, ``scale`` or ``shift`` of the operator.
-    """
-    silu = isinstance(activation, nn.SiLU)
-    y = ops.group_norm_silu(
-        x,
-        norm.num_groups,
-        norm.weight,
-        norm.bias,
-        eps=norm.eps,
-        activation="silu" if silu else None,
-        **fused,
-    )
-    return y if silu or activation is None else activation(y)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, activation: nn.Module | None = None, **fused: Any
+    ) -> Tensor:
+        """
+        Args:
+            x: [B, C, *spatial].
+            activation: SiLU runs inside the operator, any other one after it.
+            fused: ``channel_add``, ``residual``, ``scale`` or ``shift`` of the operator.
+        """
+        silu = isinstance(activation, nn.SiLU)
+        y = ops.group_norm_silu(
+            x,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            eps=self.eps,
+            activation="silu" if silu else None,
+            **fused,
+        )
+        return y if silu or activation is None else activation(y)
 
 
-def group_norm(channels: int, num_groups: int, eps: float) -> nn.GroupNorm:
-    """GroupNorm's weights.
+def group_norm(channels: int, num_groups: int, eps: float) -> GroupNorm:
+    """`GroupNorm` of that many channels.
 
     Raises:
         ConfigError: the channels cannot be divided into that many groups.
@@ -63,4 +64,4 @@ def group_norm(channels: int, num_groups: int, eps: float) -> nn.GroupNorm:
         raise ConfigError(
             f"norm_num_groups: {channels} channels do not divide into {num_groups} groups"
         )
-    return nn.GroupNorm(num_groups, channels, eps=eps)
+    return GroupNorm(num_groups, channels, eps=eps)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm import ops
 from fastldm.errors import ConfigError
-from fastldm.modules.activations import group_norm, norm_and_activate
+from fastldm.modules.activations import group_norm
+from fastldm.modules.attention_processor import AttentionInterface, AttnProcessor
 
 
-class Attention(nn.Module):
+class Attention(AttentionInterface):
     """Self-attention, or cross-attention to ``encoder_hidden_states``.
 
     Args:
@@ -53,48 +56,67 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.dim_head = dim_head
-        self.scale = None if scale_qk else 1.0
+        self.scale = dim_head**-0.5 if scale_qk else 1.0
         self.upcast_attention = upcast_attention
         self.rescale_output_factor = rescale_output_factor
         self.residual_connection = residual_connection
-        inner_dim = heads * dim_head
+        self.is_cross_attention = cross_attention_dim is not None
         context_dim = query_dim if cross_attention_dim is None else cross_attention_dim
+        self.cross_attention_dim = context_dim
 
         self.group_norm = (
             None if norm_num_groups is None else group_norm(query_dim, norm_num_groups, eps)
         )
         self.norm_q = _head_norm(qk_norm, dim_head, eps)
         self.norm_k = _head_norm(qk_norm, dim_head, eps)
-        self.to_q = nn.Linear(query_dim, inner_dim, bias=bias)
-        self.to_k = nn.Linear(context_dim, inner_dim, bias=bias)
-        self.to_v = nn.Linear(context_dim, inner_dim, bias=bias)
+        self.to_q = nn.Linear(query_dim, self.inner_dim, bias=bias)
+        self.to_k = nn.Linear(context_dim, self.inner_dim, bias=bias)
+        self.to_v = nn.Linear(context_dim, self.inner_dim, bias=bias)
         self.to_out = nn.ModuleList(
-            [nn.Linear(inner_dim, query_dim, bias=out_bias), nn.Dropout(dropout)]
+            [nn.Linear(self.inner_dim, query_dim, bias=out_bias), nn.Dropout(dropout)]
         )
+        self.spatial_norm = None
+        self.set_processor(AttnProcessor())
 
     def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Any = None,
+        attention_mask: Tensor | None = None,
+        **cross_attention_kwargs: Any,
+    ) -> Tensor:
+        """
+        Args:
+            hidden_states: [B, Lq, query_dim] or [B, query_dim, H, W].
+            encoder_hidden_states: [B, Lk, cross_attention_dim]; None: attend to the input. An
+                IP-Adapter's processor takes a tuple of it and the images' features.
+            attention_mask: bool [B, Lk] with True = attend; or a mask that torch's
+                scaled_dot_product_attention takes, [B, Lq or 1, Lk] or [B, heads or 1, Lq or 1, Lk]
+                (bool, or floating and added to the scores).
+            cross_attention_kwargs: for the processor, where it takes them.
+
+        Returns:
+            The shape of `hidden_states`.
+        """
+        if not self._is_plain:
+            return self._process(
+                hidden_states, encoder_hidden_states, attention_mask, cross_attention_kwargs
+            )
+        return self.attend(hidden_states, encoder_hidden_states, attention_mask)
+
+    def attend(
         self,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
     ) -> Tensor:
-        """
-        Args:
-            hidden_states: [B, Lq, query_dim] or [B, query_dim, H, W].
-            encoder_hidden_states: [B, Lk, cross_attention_dim]; None: attend to the input.
-            attention_mask: bool [B, Lk] with True = attend; or a mask that torch's
-                scaled_dot_product_attention takes, [B, Lq or 1, Lk] or [B, heads or 1, Lq or 1, Lk]
-                (bool, or floating and added to the scores).
-
-        Returns:
-            The shape of `hidden_states`.
-        """
+        """The forward pass on fastldm's operators, whatever the processor is."""
         residual = hidden_states
         if self.group_norm is not None:
             channels_first = hidden_states.ndim == 4
             if not channels_first:
                 hidden_states = hidden_states.transpose(1, 2)
-            hidden_states = norm_and_activate(self.group_norm, hidden_states)
+            hidden_states = self.group_norm(hidden_states)
             if not channels_first:
                 hidden_states = hidden_states.transpose(1, 2)
         if residual.ndim == 4:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastldm.errors import ConfigError
-from fastldm.modules.activations import get_activation, group_norm, norm_and_activate
+from fastldm.modules.activations import get_activation, group_norm
 from fastldm.modules.attention import Attention
 from fastldm.modules.linear_attention import LinearAttention
 from fastldm.modules.resnet import ResnetBlock2D
@@ -269,7 +269,7 @@ class Encoder(nn.Module):
         sample = self.conv_in(sample)
         for block in (*self.down_blocks, self.mid_block):
             sample = _run_block(block, sample, None, self.gradient_checkpointing)
-        sample = norm_and_activate(self.conv_norm_out, sample, self.conv_act)
+        sample = self.conv_norm_out(sample, self.conv_act)
         return self.conv_out(sample)
 
 
@@ -343,7 +343,7 @@ class Decoder(nn.Module):
         if isinstance(self.conv_norm_out, SpatialNorm):
             sample = self.conv_act(self.conv_norm_out(sample, zq))
         else:
-            sample = norm_and_activate(self.conv_norm_out, sample, self.conv_act)
+            sample = self.conv_norm_out(sample, self.conv_act)
         return self.conv_out(sample)
 
 

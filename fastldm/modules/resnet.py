@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastldm.errors import ConfigError
-from fastldm.modules.activations import get_activation, group_norm, norm_and_activate
+from fastldm.modules.activations import get_activation, group_norm
 from fastldm.modules.sampling import Downsample2D, Upsample2D
 
 
@@ -102,13 +102,13 @@ class ResnetBlock2D(nn.Module):
         Returns:
             [B, out_channels, H, W], or twice or half the size with `up` or `down`.
         """
-        hidden_states = norm_and_activate(self.norm1, input_tensor, self.nonlinearity)
+        hidden_states = self.norm1(input_tensor, self.nonlinearity)
         if self.resample is not None:
             input_tensor = self.resample(input_tensor)
             hidden_states = self.resample(hidden_states)
         hidden_states = self.conv1(hidden_states)
-        hidden_states = norm_and_activate(
-            self.norm2, hidden_states, self.nonlinearity, **self._time_conditioning(temb)
+        hidden_states = self.norm2(
+            hidden_states, self.nonlinearity, **self._time_conditioning(temb)
         )
         hidden_states = self.conv2(self.dropout(hidden_states))
         if self.conv_shortcut is not None:

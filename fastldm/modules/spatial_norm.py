@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastldm.modules.activations import get_activation, group_norm, norm_and_activate
+from fastldm.modules.activations import get_activation, group_norm
 from fastldm.modules.attention import Attention
 
 _NUM_GROUPS = 32
@@ -38,7 +38,7 @@ class SpatialNorm(nn.Module):
         # A 1×1 convolution commutes with the enlargement and costs less before it.
         scale = F.interpolate(self.conv_y(zq), size=x.shape[2:], mode="nearest")
         shift = F.interpolate(self.conv_b(zq), size=x.shape[2:], mode="nearest")
-        return norm_and_activate(self.norm_layer, x) * scale + shift
+        return self.norm_layer(x) * scale + shift
 
 
 class SpatialResnetBlock2D(nn.Module):
@@ -84,7 +84,7 @@ class SpatialAttention(Attention):
 
     def __init__(self, channels: int, zq_channels: int) -> None:
         super().__init__(channels, heads=1, dim_head=channels, bias=True)
-        self.spatial_norm = SpatialNorm(channels, zq_channels)
+        self.spatial_norm: SpatialNorm = SpatialNorm(channels, zq_channels)
 
     def forward(self, hidden_states: Tensor, zq: Tensor) -> Tensor:  # type: ignore[override]
         """[B, channels, H, W] → the same."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastldm.modules.activations import group_norm, norm_and_activate
+from fastldm.modules.activations import group_norm
 from fastldm.modules.attention import Attention
 
 _GROUP_NORM_EPS = 1e-6
@@ -90,27 +93,32 @@ class BasicTransformerBlock(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Any,
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """
         Args:
             hidden_states: [B, pixels, dim].
-            encoder_hidden_states: [B, Lk, cross_attention_dim].
+            encoder_hidden_states: [B, Lk, cross_attention_dim], or what the second attention's
+                processor takes.
             attention_mask: bool over the keys of the first attention, True = attend.
             encoder_attention_mask: bool [B, Lk], True = attend.
+            cross_attention_kwargs: for both attentions' processors.
 
         Returns:
             [B, pixels, dim].
         """
+        keywords = cross_attention_kwargs or {}
         hidden_states = hidden_states + self.attn1(
             self.norm1(hidden_states),
             encoder_hidden_states if self.only_cross_attention else None,
             attention_mask,
+            **keywords,
         )
         hidden_states = hidden_states + self.attn2(
-            self.norm2(hidden_states), encoder_hidden_states, encoder_attention_mask
+            self.norm2(hidden_states), encoder_hidden_states, encoder_attention_mask, **keywords
         )
         return hidden_states + self.ff(self.norm3(hidden_states))
 
@@ -175,14 +183,15 @@ class Transformer2DModel(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
+        encoder_hidden_states: Any,
         attention_mask: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
     ) -> Tensor:
         """
         Args:
             hidden_states: [B, in_channels, H, W].
-            encoder_hidden_states: [B, Lk, cross_attention_dim].
+            encoder_hidden_states, cross_attention_kwargs: see `BasicTransformerBlock`.
             attention_mask: bool over the keys of each block's first attention, True = attend.
             encoder_attention_mask: bool [B, Lk], True = attend.
 
@@ -191,7 +200,7 @@ class Transformer2DModel(nn.Module):
         """
         residual = hidden_states
         size = hidden_states.shape[2:]
-        hidden_states = norm_and_activate(self.norm, hidden_states)
+        hidden_states = self.norm(hidden_states)
         if self.use_linear_projection:
             hidden_states = self.proj_in(_to_tokens(hidden_states))
         else:
@@ -202,6 +211,7 @@ class Transformer2DModel(nn.Module):
                 encoder_hidden_states,
                 attention_mask,
                 encoder_attention_mask,
+                cross_attention_kwargs,
             )
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_states = checkpoint(block, *arguments, use_reentrant=False)

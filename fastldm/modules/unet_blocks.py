@@ -6,9 +6,9 @@ A level is the same class whatever it holds; its parts have diffusers' names: ``
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastldm.errors import ConfigError
 from fastldm.modules.attention import Attention
+from fastldm.modules.freeu import FreeU
 from fastldm.modules.resnet import ResnetBlock2D
 from fastldm.modules.sampling import Downsample2D, Upsample2D
 from fastldm.modules.transformer import Transformer2DModel
@@ -150,12 +151,14 @@ AttentionOptions = PlainAttentionOptions | TransformerOptions
 class Context(NamedTuple):
     """What transformers attend to."""
 
-    hidden_states: Tensor
-    """[B, Lk, cross_attention_dim]."""
+    hidden_states: Any
+    """[B, Lk, cross_attention_dim]; with an IP-Adapter, a tuple of it and the images' features."""
     mask: Tensor | None = None
     """bool [B, Lk] with True = attend."""
     self_mask: Tensor | None = None
     """The same over the keys of the first attention of each transformer block."""
+    keywords: Mapping[str, Any] | None = None
+    """For the attentions' processors."""
 
 
 class _Level(nn.Module):
@@ -194,7 +197,9 @@ class _Level(nn.Module):
         if context is None:
             raise ValueError("context: this level has cross-attention, got None")
         # A transformer recomputes its blocks one by one.
-        return attention(hidden_states, context.hidden_states, context.self_mask, context.mask)
+        return attention(
+            hidden_states, context.hidden_states, context.self_mask, context.mask, context.keywords
+        )
 
     def _run(self, module: nn.Module, *arguments: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -296,6 +301,7 @@ class UNetUpBlock2D(_Level):
         skipped = [out_channels] * (num_layers - 1) + [in_channels]
         channels = [(a + b, out_channels) for a, b in zip(before, skipped, strict=True)]
         super().__init__(channels, resnet, attention)
+        self.freeu: FreeU | None = None
         self.upsamplers: nn.ModuleList | None = None
         if upsampling in ("conv", "plain"):
             with_conv = upsampling == "conv"
@@ -323,6 +329,8 @@ class UNetUpBlock2D(_Level):
             [B, out_channels, 2H, 2W], or H × W without upsampling.
         """
         for index, skipped in enumerate(reversed(res_hidden_states_tuple)):
+            if self.freeu is not None:
+                hidden_states, skipped = self.freeu(hidden_states, skipped)
             hidden_states = torch.cat([hidden_states, skipped], dim=1)
             hidden_states = self._layer(index, hidden_states, temb, context)
         if self.upsamplers is not None:

@@ -374,7 +374,7 @@ def test_config_errors_name_the_field(changes: dict[str, Any], message: str) -> 
         ({}, {"class_labels": torch.tensor([0, 1])}, "class_labels: .*no classes"),
         ({"num_class_embeds": 4}, {}, "class_labels: .*needs"),
         ({}, {"timestep_cond": torch.zeros(2, 4)}, "timestep_cond"),
-        ({}, {"cross_attention_kwargs": {"scale": 0.5}}, r"cross_attention_kwargs: .*\['scale'\]"),
+        ({}, {"cross_attention_kwargs": {"gligen": {}}}, "cross_attention_kwargs: .*'gligen'"),
         (TEXT_TIME, {}, r"added_cond_kwargs: .*\['text_embeds', 'time_ids'\]"),
         (
             TEXT_TIME,
