@@ -32,17 +32,20 @@ test: setup-test emoji-data ## run every check and test
 		--cov --cov-report=term:skip-covered --cov-report=xml --cov-fail-under=90 $(PYTEST_ARGS)
 
 # A copy is built, beside which the installed extension stays as it is. vptr wants the run-time
-# types of torch's classes, which its libraries keep to themselves.
-SANITIZE := -O1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
+# types of torch's classes, which its libraries keep to themselves. An error ends the process: the
+# signal has Python name the test, and pytest must not keep what the sanitizer writes.
+SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
+SANITIZED = CXXFLAGS='$(SANITIZE)' OMP_NUM_THREADS=2 \
+	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(PY)
 sanitize: setup-test ## C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r benchmarks csrc fastldm tests pyproject.toml setup.py LICENSE README.md build/sanitize
 	rm -f build/sanitize/fastldm/*.so
 	cd build/sanitize && FASTLDM_BUILD=cpp FASTLDM_CXXFLAGS='$(SANITIZE)' \
 		$(PY) setup.py build_ext --inplace
-	cd build/sanitize && CXXFLAGS='$(SANITIZE)' OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
-		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		$(PY) -m pytest tests/ops -p no:cacheprovider \
+	cd build/sanitize && $(SANITIZED) -c 'from fastldm.ops import _extension as e; e.extension()'
+	cd build/sanitize && $(SANITIZED) -m pytest tests/ops -p no:cacheprovider --capture=sys \
 		-k 'cpp or search or device_logic' --deselect tests/ops/vector_quantize/test_memory.py
 
 bench: setup-test ## run the benchmarks
