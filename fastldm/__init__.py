@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         AutoencoderKL,
         CaptionTokenizer,
         ClassEmbedder,
+        ModelMixin,
         PatchDiscriminator,
         SpatialRescaler,
         TextEncoder,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         UNet2DModel,
         VQModel,
     )
-    from fastldm.schedulers import DDIMScheduler, DDPMScheduler
+    from fastldm.schedulers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 
 _HOME_OF_NAME = {
     "AutoencoderKL": "fastldm.models",
@@ -36,8 +37,10 @@ _HOME_OF_NAME = {
     "FirstStageLoss": "fastldm.losses",
     "FirstStageLossConfig": "fastldm.losses",
     "LatentDiffusion": "fastldm.latent_diffusion",
+    "ModelMixin": "fastldm.models",
     "PatchDiscriminator": "fastldm.models",
     "SpatialRescaler": "fastldm.models",
+    "SchedulerMixin": "fastldm.schedulers",
     "TextEncoder": "fastldm.models",
     "UNet2DConditionModel": "fastldm.models",
     "UNet2DModel": "fastldm.models",
@@ -54,7 +57,9 @@ __all__ = [
     "FirstStageLoss",
     "FirstStageLossConfig",
     "LatentDiffusion",
+    "ModelMixin",
     "PatchDiscriminator",
+    "SchedulerMixin",
     "SpatialRescaler",
     "TextEncoder",
     "UNet2DConditionModel",

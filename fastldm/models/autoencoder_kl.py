@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastldm.configuration import register_to_config
 from fastldm.errors import ConfigError
-from fastldm.models.first_stage import DecoderOutput, FirstStageModel
+from fastldm.models.first_stage import DecoderOutput, FirstStageModel, runs_forward_hook
 from fastldm.modules.autoencoder_blocks import Decoder, Encoder
 from fastldm.modules.distributions import DiagonalGaussianDistribution, PointDistribution
 from fastldm.outputs import BaseOutput
@@ -148,6 +148,7 @@ class AutoencoderKL(FirstStageModel):
             nn.Conv2d(channels, latent_channels, 1) if use_post_quant_conv else None
         )
 
+    @runs_forward_hook
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution | PointDistribution]:
@@ -170,6 +171,7 @@ class AutoencoderKL(FirstStageModel):
         )
         return AutoencoderKLOutput(posterior) if return_dict else (posterior,)
 
+    @runs_forward_hook
     def decode(
         self,
         z: Tensor,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +16,22 @@ from fastldm.models.base import ModelMixin
 from fastldm.modules.autoencoder_blocks import Decoder, Encoder
 from fastldm.outputs import BaseOutput
 
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
 OUTPUT_ACTIVATIONS = (None, "tanh")
+
+
+def runs_forward_hook(method: _Method) -> _Method:
+    """Let accelerate's hook on the model, which places its weights, run before `method`, too."""
+
+    @functools.wraps(method)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        hook = getattr(self, "_hf_hook", None)
+        if hook is not None:
+            hook.pre_forward(self)
+        return method(self, *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
 
 
 @dataclass

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastldm.configuration import register_to_config
 from fastldm.errors import ConfigError
-from fastldm.models.first_stage import DecoderOutput, FirstStageModel
+from fastldm.models.first_stage import DecoderOutput, FirstStageModel, runs_forward_hook
 from fastldm.modules.autoencoder_blocks import Decoder, Encoder
 from fastldm.modules.quantize import VectorQuantizer
 from fastldm.outputs import BaseOutput
@@ -142,6 +142,7 @@ class VQModel(FirstStageModel):
         )
         self._codes_reach_norms = norm_type == "spatial"
 
+    @runs_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> VQEncoderOutput | tuple[Tensor]:
         """Latents of images, before quantisation.
 
@@ -157,6 +158,7 @@ class VQModel(FirstStageModel):
         latents = self._encode(x)
         return VQEncoderOutput(latents) if return_dict else (latents,)
 
+    @runs_forward_hook
     def decode(
         self,
         h: Tensor,

@@ -50,6 +50,8 @@ class SchedulerMixin(ConfigMixin):
     """A scheduler that is stored as ``scheduler_config.json``, in diffusers' format."""
 
     config_name = "scheduler_config.json"
+    diffusers_class = "SchedulerMixin"
+    """What a scheduler also is in a program that uses diffusers."""
     order = 1
     """Model evaluations a step."""
 
