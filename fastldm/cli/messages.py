@@ -56,6 +56,8 @@ def plain_message(error: Exception, kind: type, files: list[str]) -> str:
     if text.startswith("Problems parsing config"):
         problem = text.partition(": ")[2].replace('in "<unicode string>", ', "")
         return f"{', '.join(files)}: not YAML: {problem}"
+    if text.startswith("Unexpected config"):
+        return f"{', '.join(files)}: expected options with their values, as in batch_size: 8"
     given = _GIVEN.search(text)
     if path and given:
         got = given[1].strip().strip("'")

@@ -118,7 +118,12 @@ def _build_network(net: str, weights: str | Path | None) -> nn.Module:
             f"LPIPS needs the packages lpips and torchvision ({error}); install fastldm[train] "
             "or set perceptual_weight: 0"
         ) from None
-    path = weights if weights is not None else _cached_backbone(net)
+    path = Path(weights) if weights is not None else _cached_backbone(net)
+    if not path.is_file():
+        raise ConfigError(
+            f"LPIPS with net={net!r}: there is no file {path}, which was given for the weights of "
+            f"torchvision's {_BACKBONE_NAMES[net]}"
+        )
     state_dict = load_weights(path)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # The random initialisation is overwritten, and must not shift the caller's generator.

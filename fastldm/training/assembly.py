@@ -59,6 +59,7 @@ def build_diffusion(
 
     Raises:
         ConfigError: a part is refused, or two do not fit each other.
+        DataError: there are no classes and the conditioner needs them.
     """
     settings: dict[str, Any] = {
         "sample_size": latent_shape[1],
@@ -67,6 +68,7 @@ def build_diffusion(
     }
     conditioner = None
     if config.conditioner is not None:
+        _require_classes(config.conditioner, num_classes)
         conditioner = build(
             _with_data_sizes(config.conditioner, tokenizer, num_classes),
             CONDITIONERS,
@@ -98,6 +100,19 @@ def uses_captions(config: LatentDiffusionTrainingConfig) -> bool:
     return config.conditioner is not None and config.conditioner.class_name == "TextEncoder"
 
 
+def with_required_conditions(
+    config: LatentDiffusionTrainingConfig,
+) -> LatentDiffusionTrainingConfig:
+    """The config, its data required to have the captions or classes that the model is trained on.
+
+    So an image that lacks one is named when the data is opened.
+    """
+    if config.data is None or config.conditioning == "none":
+        return config
+    field = "require_captions" if uses_captions(config) else "require_classes"
+    return replace(config, data=replace(config.data, **{field: True}))
+
+
 def condition_of(config: LatentDiffusionTrainingConfig, batch: dict[str, Any]) -> Any:
     """Captions, classes or None, as `LatentDiffusion.loss` takes them.
 
@@ -125,6 +140,14 @@ def require_trainable(config: LatentDiffusionTrainingConfig) -> None:
         )
     if config.conditioning == "crossattn" and config.conditioner is None:
         raise ConfigError("conditioner: 'crossattn' needs a TextEncoder or ClassEmbedder")
+
+
+def _require_classes(conditioner: ModelConfig, num_classes: int | None) -> None:
+    known = num_classes is not None or conditioner.pretrained is not None
+    if conditioner.class_name == "ClassEmbedder" and not (
+        known or "num_classes" in conditioner.config
+    ):
+        raise DataError("classes: conditioner ClassEmbedder needs them and the data has none")
 
 
 def _with_data_sizes(

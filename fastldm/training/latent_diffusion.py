@@ -25,6 +25,7 @@ from fastldm.training.assembly import (
     condition_of,
     require_trainable,
     uses_captions,
+    with_required_conditions,
 )
 from fastldm.training.checkpointing import CheckpointReader, CheckpointWriter, find_checkpoint
 from fastldm.training.config import LatentDiffusionTrainingConfig
@@ -98,6 +99,7 @@ class LatentDiffusionTrainer:
         from accelerate.utils import set_seed
 
         set_seed(config.seed)
+        config = with_required_conditions(config)
         self.config = config
         self.environment = environment
         first_stage = load_first_stage(config.first_stage)

@@ -136,6 +136,8 @@ def test_a_missing_value_is_named(run: Run) -> None:
         ("batchsize: 2\n", "batchsize: there is no such option; did you mean batch_size?"),
         ("data: {souce: a}\n", "data.souce: there is no such option; did you mean data.source?"),
         ("model: [1, 2\n", "wrong.yaml: not YAML: "),
+        ("", "wrong.yaml: expected options with their values"),
+        ("- batch_size\n", "wrong.yaml: expected options with their values"),
     ],
 )
 def test_a_wrong_file_is_one_line(run: Run, tmp_path: Path, text: str, expected: str) -> None:

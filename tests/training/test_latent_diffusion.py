@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -224,8 +225,17 @@ def test_classes_are_required(diffusion_config: Make, data: Any, tmp_path: Path)
     for number in range(8):
         Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
     config = diffusion_config(conditioning="class", data=data(source=str(tmp_path)))
-    with pytest.raises((ConfigError, DataError), match="class"):
+    with pytest.raises(DataError, match=r"classes are required: .*images outside subfolders"):
         train_latent_diffusion(config)
+    embedded = replace(
+        config,
+        conditioning="crossattn",
+        conditioner=ModelConfig("ClassEmbedder", {"hidden_size": 8}),
+        latent_cache=str(tmp_path / "latents"),
+    )
+    encode_dataset(load_first_stage(config.first_stage), config.data, embedded.latent_cache)
+    with pytest.raises(DataError, match="ClassEmbedder needs them and the data has none"):
+        train_latent_diffusion(replace(embedded, data=None))
 
 
 def test_a_tokenizer_can_be_given(diffusion_config: Make) -> None:
@@ -247,7 +257,20 @@ def test_captions_are_required_for_a_text_encoder(
     diffusion_config: Make, data: Any, images: Path
 ) -> None:
     config = diffusion_config(conditioning="crossattn", data=data(source=str(images / "red")))
-    with pytest.raises(DataError, match="captions"):
+    with pytest.raises(DataError, match="captions are required"):
+        train_latent_diffusion(config)
+
+
+def test_an_image_without_its_caption_is_named(
+    diffusion_config: Make, data: Any, images: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "captioned"
+    shutil.copytree(images, folder)
+    rows = (folder / "metadata.jsonl").read_text().splitlines()
+    (folder / "metadata.jsonl").write_text("\n".join(rows[1:]))
+    lacking = json.loads(rows[0])["file_name"]
+    config = diffusion_config(conditioning="crossattn", data=data(source=str(folder)))
+    with pytest.raises(DataError, match=f"caption missing for 1 of .* images: {lacking}"):
         train_latent_diffusion(config)
 
 
