@@ -111,7 +111,7 @@ def _stop_after(config: AutoencoderTrainingConfig, step: int) -> None:
 
 def test_the_loss_falls(autoencoder_config: Make, metrics: Metrics) -> None:
     loss = FirstStageLossConfig(perceptual_weight=0.0, discriminator_weight=0.0, reduction="mean")
-    config = autoencoder_config(max_steps=120, loss=loss, learning_rate=5e-3)
+    config = autoencoder_config(max_steps=250, loss=loss, learning_rate=5e-3)
     final = train_autoencoder(config)
     lines = metrics(config.output_dir)
     recs = [line["rec"] for line in lines if "rec" in line]

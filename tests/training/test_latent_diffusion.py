@@ -108,8 +108,8 @@ def test_the_loss_on_fixed_noise_falls(
     diffusion_config: Make, metrics: Metrics, tmp_path: Path
 ) -> None:
     config = diffusion_config(
-        max_steps=100,
-        validate_every=50,
+        max_steps=250,
+        validate_every=125,
         latent_cache=str(tmp_path / "latents"),
         learning_rate=5e-3,
         validation_images=6,
