@@ -27,7 +27,7 @@ FirstStage = AutoencoderKL | VQModel
 _HEADS = frozenset({"attention_head_dim", "num_attention_heads", "num_head_channels"})
 _WITHOUT_EFFECT = frozenset(
     {
-        # on what the network computes
+        # on what the network computes, but for its rounding
         "codebook_ema_decay",
         "codebook_initialization",
         "dead_code_threshold",
@@ -38,6 +38,7 @@ _WITHOUT_EFFECT = frozenset(
         "sample_size",
         "scaling_factor",
         "shift_factor",
+        "upcast_attention",
     }
 )
 _PER_LEVEL = ("layers_per_block", "only_cross_attention", "transformer_layers_per_block")

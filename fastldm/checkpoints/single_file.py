@@ -141,6 +141,10 @@ def unet_fields(file: SingleFile, given: Given) -> tuple[str, dict[str, Any]]:
     else:
         _check_size("UNet", params.size, max(len(file.unet), len(file.averages)), file.source)
     fields = unet_config(params)
+    diffusion = None if given.params is None else given.params.diffusion
+    if diffusion is not None and diffusion.image_size is not None:
+        # Stable Diffusion's files leave the UNet's own at another value, which nothing uses.
+        fields["sample_size"] = diffusion.image_size
     heads_known = params.num_heads != -1 or params.num_head_channels != -1
     if not heads_known and not any(name in given.overrides for name in _HEAD_FIELDS):
         raise ConfigError(
