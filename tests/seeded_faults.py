@@ -13,6 +13,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,6 +29,7 @@ _NOT_COPIED = shutil.ignore_patterns(
 _SECONDS = 900
 _TOO_LONG = 124
 """The exit status of a command that ran longer than that, as of the program timeout."""
+_CRASHED = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)
 _PASSED, _FAILED = 0, 1
 """pytest's exit status where all tests passed, and where some failed."""
 
@@ -112,7 +114,7 @@ class Copy:
 
     def test(self, selection: Sequence[str]) -> tuple[int, str]:
         """pytest's exit status and output, until a test fails."""
-        command = ["-m", "pytest", "-x", "-q", "-rf", "--tb=no", "-p", "no:cacheprovider"]
+        command = ["-m", "pytest", "-x", "-q", "-rfE", "--tb=no", "-p", "no:cacheprovider"]
         return self._run([*command, *selection], {})
 
     def seed(self, fault: Fault) -> str:
@@ -185,6 +187,11 @@ def _tried(fault: Fault, copy: Copy) -> Result:
     if status == _PASSED:
         return Result(fault, "", "no test noticed")
     failed = re.search(r"^(?:FAILED|ERROR) (\S+?::.*?)(?: - .*)?$", text, re.MULTILINE)
+    if status in _CRASHED:
+        # As Python's fault handler tells, which pytest turns on.
+        frame = re.search(r'File ".*?/(tests/[^"]+)", line \d+ in (test_\w+)', text)
+        if frame is not None:
+            return Result(fault, f"{frame.group(1)}::{frame.group(2)}, by a crash")
     if status != _FAILED or failed is None:
         return Result(fault, "", f"its tests end by {status}: {_last_line(text)}")
     return Result(fault, failed.group(1))

@@ -65,13 +65,14 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "root"
     root.mkdir()
     (root / "kernel.py").write_text(SOURCE)
-    (root / "test_kernel.py").write_text(TEST)
+    (root / "tests").mkdir()
+    (root / "tests" / "test_kernel.py").write_text(TEST)
     return root
 
 
 def _result(tree: Path, tmp_path: Path, new: str, old: str = "a + b", select: str = "") -> object:
     fault = seeded_faults.Fault(
-        "kernel", "a fault", "kernel.py", old, new, ("test_kernel.py",), select, False
+        "kernel", "a fault", "kernel.py", old, new, ("tests/test_kernel.py",), select, False
     )
     (result,) = seeded_faults.try_faults([fault], seeded_faults.Copy(tmp_path, tree))
     assert (tree / "kernel.py").read_text() == SOURCE
@@ -88,7 +89,8 @@ def _shown(result: object) -> str:
 @pytest.mark.parametrize(
     ("changes", "noticed_by", "problem"),
     [
-        ({"new": "a - b"}, "test_kernel.py::test_add", ""),
+        ({"new": "a - b"}, "tests/test_kernel.py::test_add", ""),
+        ({"new": "__import__('os').abort()"}, "tests/test_kernel.py::test_add, by a crash", ""),
         ({"new": "b + a"}, "", "no test noticed"),
         ({"new": "a +"}, "", "its tests end by 2"),
         ({"new": "a - b", "old": "a * b"}, "", "its text occurs 0 times in kernel.py"),
@@ -115,12 +117,12 @@ def test_a_fault_in_what_is_built(tree: Path, tmp_path: Path) -> None:
         "Path('fastldm/_C.so').write_text(text)\n"
     )
     (tree / "kernel.cpp").write_text("a sum")
-    (tree / "test_kernel.py").write_text(
+    (tree / "tests" / "test_kernel.py").write_text(
         "def test_built():\n    assert open('fastldm/_C.so').read() == 'a sum'\n"
     )
-    (tree / "test_other.py").write_text((tree / "test_kernel.py").read_text())
+    (tree / "tests" / "test_other.py").write_text((tree / "tests" / "test_kernel.py").read_text())
 
-    def fault(new: str, tests: str = "test_kernel.py", file: str = "kernel.cpp") -> object:
+    def fault(new: str, tests: str = "tests/test_kernel.py", file: str = "kernel.cpp") -> object:
         old = "sum" if file == "kernel.cpp" else "a + b"
         return seeded_faults.Fault(
             "kernel", new, file, old, new, (tests,), "", file == "kernel.cpp"
@@ -128,10 +130,10 @@ def test_a_fault_in_what_is_built(tree: Path, tmp_path: Path) -> None:
 
     chosen = [
         fault("product"), fault("broken"), fault("sum of sums"),
-        fault("b + a", "test_other.py", "kernel.py"),
+        fault("b + a", "tests/test_other.py", "kernel.py"),
     ]  # fmt: skip
     results = list(seeded_faults.try_faults(chosen, seeded_faults.Copy(tmp_path, tree)))
-    noticed = "test_kernel.py::test_built"
+    noticed = "tests/test_kernel.py::test_built"
     assert [result.noticed_by for result in results] == [noticed, "", noticed, ""]
     assert results[1].problem.startswith("it does not compile: ")
     assert results[3].problem == "no test noticed"

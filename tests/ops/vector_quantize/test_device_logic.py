@@ -119,6 +119,37 @@ def test_what_the_scores_cannot_decide_is_measured(lookup: Lookup, depth: int) -
 
 
 @pytest.mark.parametrize("depth", [3, 12])
+def test_subnormal_halves_amid_their_codes(lookup: Lookup, depth: int) -> None:
+    z, codebook = _random(depth, 64)
+    z, codebook = (z * 1e-6).half(), codebook * 1e-6
+    assert torch.equal(lookup(z, codebook)[0], _expected(z, codebook))
+
+
+@pytest.mark.parametrize("depth", [3, 12])
+@pytest.mark.parametrize("scale", [1e-2, 1e-3, 1e-4])
+def test_codes_far_nearer_to_one_another_than_to_the_latents(
+    lookup: Lookup, depth: int, scale: float
+) -> None:
+    """Where the scores order the codes otherwise than the distances, as rounded, do."""
+    z, codebook = _random(depth, 200, (2, 20, 24))
+    codebook *= scale
+    assert torch.equal(lookup(z, codebook)[0], _expected(z, codebook))
+
+
+@pytest.mark.parametrize("stride", [(2**31, 48, 1), (48, 2**30, 1)], ids=str)
+def test_offsets_beyond_32_bits(lookup: Lookup, stride: tuple[int, ...]) -> None:
+    """Of latents that lie far apart; the pages between them are never touched."""
+    z, codebook = _random(4, 40, (2, 3, 12))
+    z = z.half()
+    batch, row, column = stride
+    steps = (batch, 12, row, column)
+    furthest = sum((size - 1) * step for size, step in zip(z.shape, steps, strict=True))
+    assert furthest >= 2**31
+    far = torch.empty(furthest + 1, dtype=torch.float16).as_strided(z.shape, steps).copy_(z)
+    assert torch.equal(lookup(far, codebook)[0], _expected(z, codebook))
+
+
+@pytest.mark.parametrize("depth", [3, 12])
 @pytest.mark.parametrize("offset", [1e3, 1e6])
 def test_large_common_offset(lookup: Lookup, depth: int, offset: float) -> None:
     z, codebook = _random(depth, 200)
