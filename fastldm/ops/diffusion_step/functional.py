@@ -22,6 +22,7 @@ PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 _WIDTHS = {"ddim_step": len(DDIMCoefficient), "ddpm_step": len(DDPMCoefficient)}
 _SHAPED_AS_SAMPLE = ("model_output_uncond", "predicted_variance", "noise")
+_TENSOR_OPTIONS = (*_SHAPED_AS_SAMPLE, "threshold", "guidance_scales", "seed", "offset")
 
 # torch.quantile refuses more elements than this in one call.
 _QUANTILE_LIMIT = 2**24 - 1
@@ -97,23 +98,26 @@ def ddim_step(
         ConfigError: an argument has a shape, dtype, device or value that is not accepted, or two
             arguments exclude each other; the message names it.
     """
+    scale, scales = _split_scale(guidance_scale)
+    seeds, position = _philox_state(sample, seed, offset)
     return _step(
         "ddim_step",
         sample,
         model_output,
         coefficients,
-        guidance_scale,
-        seed,
-        offset,
-        return_original,
         {
             "prediction_type": prediction_type,
             "clip_range": clip_range,
             "threshold": threshold,
             "use_clipped_model_output": use_clipped_model_output,
             "model_output_uncond": model_output_uncond,
+            "guidance_scale": scale,
+            "guidance_scales": scales,
             "guidance_rescale": guidance_rescale,
             "noise": noise,
+            "seed": seeds,
+            "offset": position,
+            "return_original": return_original,
         },
     )
 
@@ -178,15 +182,13 @@ def ddpm_step(
     adds_noise = noise is not None or seed is not None
     if variance_type in LEARNED_VARIANCE_TYPES and adds_noise and predicted_variance is None:
         raise ConfigError(f"predicted_variance: needed with variance_type {variance_type!r}")
+    scale, scales = _split_scale(guidance_scale)
+    seeds, position = _philox_state(sample, seed, offset)
     return _step(
         "ddpm_step",
         sample,
         model_output,
         coefficients,
-        guidance_scale,
-        seed,
-        offset,
-        return_original,
         {
             "prediction_type": prediction_type,
             "clip_range": clip_range,
@@ -194,8 +196,13 @@ def ddpm_step(
             "variance_type": variance_type,
             "predicted_variance": predicted_variance,
             "model_output_uncond": model_output_uncond,
+            "guidance_scale": scale,
+            "guidance_scales": scales,
             "guidance_rescale": guidance_rescale,
             "noise": noise,
+            "seed": seeds,
+            "offset": position,
+            "return_original": return_original,
         },
     )
 
@@ -217,11 +224,12 @@ def predict_original_sample(
     Returns:
         Shape of `sample`, in float32, or float64 for a float64 sample.
     """
-    _check(
-        sample, model_output, coefficients, coefficients.shape[-1], guidance_scale,
-        {"prediction_type": prediction_type, "model_output_uncond": model_output_uncond},
-    )  # fmt: skip
     scale, scales = _split_scale(guidance_scale)
+    given = {"model_output_uncond": model_output_uncond, "guidance_scales": scales}
+    _check(
+        sample, model_output, coefficients, coefficients.shape[-1],
+        {"prediction_type": prediction_type, **given},
+    )  # fmt: skip
     return reference.original_sample(
         sample,
         model_output,
@@ -258,10 +266,6 @@ def _step(
     sample: Tensor,
     model_output: Tensor,
     coefficients: Tensor,
-    guidance_scale: float | Tensor,
-    seed: int | Tensor | None,
-    offset: int | Tensor,
-    return_original: bool,
     options: dict[str, Any],
 ) -> DiffusionStepOutput:
     """Check, choose a backend and call it; `options` are the raw operator's other arguments.
@@ -270,50 +274,28 @@ def _step(
         BackendUnavailableError: the backend asked for by name cannot serve the call.
         ConfigError: see `ddim_step`.
     """
-    scale, scales = _split_scale(guidance_scale)
-    seeds, position = _philox_state(sample, seed, offset)
-    options |= {
-        "guidance_scale": scale, "guidance_scales": scales, "seed": seeds, "offset": position,
-    }  # fmt: skip
     operands = (sample, model_output, coefficients)
-    optional = (*map(options.get, _SHAPED_AS_SAMPLE), options["threshold"], scales, seeds, position)
-    tensors = [*operands, *(value for value in optional if value is not None)]
-    results = _unchecked(op_name, operands, tensors, options, return_original)
-    if results is None:
-        _check(sample, model_output, coefficients, _WIDTHS[op_name], guidance_scale, options)
-        backend = choose(op_name, *tensors)
-        if torch.is_grad_enabled() and any(value.requires_grad for value in tensors):
-            formula = reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
-            previous, original = formula(*operands, **options)
-            results = (previous, original if return_original else sample.new_empty(0))
-        else:
-            call = _direct.raw(f"{op_name}_fwd", backend, *tensors)
-            results = call(*operands, return_original=return_original, **options)
-    return DiffusionStepOutput(*results)
-
-
-def _unchecked(
-    op_name: str,
-    operands: tuple[Tensor, ...],
-    tensors: list[Tensor],
-    options: dict[str, Any],
-    return_original: bool,
-) -> tuple[Tensor, Tensor] | None:
-    """What the C++ kernel gives where it may be called straight; None where it refuses.
-
-    It refuses what the checks refuse: they cost more time than a small step, and are to say what
-    is wrong.
-    """
-    if not (prefers_cpp(operands[0]) and _direct.may_call_kernel(*tensors)):
-        return None
-    kernel = _schema.kernel(f"{op_name}_fwd", "cpp")
-    try:
-        results: tuple[Tensor, Tensor] = kernel(
-            *operands, return_original=return_original, **options
-        )
-    except (RuntimeError, TypeError):
-        return None
-    return results
+    tensors = (*operands, *map(options.get, _TENSOR_OPTIONS))
+    if prefers_cpp(sample) and _direct.may_call_kernel(*tensors):
+        # The kernel refuses what the checks refuse. They cost more time than a small step, and are
+        # to say what is wrong.
+        try:
+            return DiffusionStepOutput(
+                *_schema.kernel(f"{op_name}_fwd", "cpp")(*operands, **options)
+            )
+        except (RuntimeError, TypeError):
+            pass
+    _check(*operands, _WIDTHS[op_name], options)
+    given = [value for value in tensors if value is not None]
+    backend = choose(op_name, *given)
+    if torch.is_grad_enabled() and any(value.requires_grad for value in given):
+        is_wanted = options.pop("return_original")
+        formula = reference.ddim_step if op_name == "ddim_step" else reference.ddpm_step
+        previous, original = formula(*operands, **options)
+        return DiffusionStepOutput(previous, original if is_wanted else sample.new_empty(0))
+    return DiffusionStepOutput(
+        *_direct.raw(f"{op_name}_fwd", backend, *given)(*operands, **options)
+    )
 
 
 def _split_scale(guidance_scale: float | Tensor) -> tuple[float, Tensor | None]:
@@ -359,7 +341,6 @@ def _check(
     model_output: Tensor,
     coefficients: Tensor,
     width: int,
-    guidance_scale: float | Tensor,
     options: dict[str, Any],
 ) -> None:
     """Raise ConfigError for what the raw operators do not accept."""
@@ -381,8 +362,8 @@ def _check(
         _check_tensor("threshold", threshold, (batch,), (batch,), device)
         if options["clip_range"] is not None:
             raise ConfigError("threshold: give either clip_range or threshold, not both")
-    if isinstance(guidance_scale, Tensor):
-        _check_tensor("guidance_scale", guidance_scale, (), (batch,), device)
+    if (scales := options["guidance_scales"]) is not None:
+        _check_tensor("guidance_scale", scales, (), (batch,), device)
     if (kind := options["prediction_type"]) not in PREDICTION_TYPES:
         raise ConfigError(f"prediction_type: got {kind!r}; accepted: {', '.join(PREDICTION_TYPES)}")
 

@@ -174,3 +174,35 @@ def test_rescaled_guidance_of_few_and_many_elements(shape: tuple[int, ...]) -> N
     with ops.backend("reference"):
         expected = ddim_step(sample, output, coefficients, **options)
     torch.testing.assert_close(tuple(found), tuple(expected), rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+REFUSED: dict[str, dict[str, Any]] = {
+    "coefficients of a larger batch": {"coefficients": torch.zeros(4, 5)},
+    "integer coefficients": {"coefficients": torch.zeros(5, dtype=torch.int64)},
+    "a threshold for two": {"threshold": torch.ones(2)},
+    "a threshold beside a range": {"threshold": torch.ones(3), "clip_range": 1.0},
+    "scales for two": {"guidance_scales": torch.ones(2)},
+    "seeds for two": {"seed": torch.tensor([1, 2]), "offset": torch.tensor(0)},
+    "a seed without offset": {"seed": torch.tensor([1])},
+    "a seed beside noise": {
+        "seed": torch.tensor([1]), "offset": torch.tensor(0), "noise": torch.zeros(SHAPE),
+    },
+    "an output of another shape": {"model_output_uncond": torch.zeros(3, 4, 19, 16)},
+    "an integer output": {"model_output_uncond": torch.zeros(SHAPE, dtype=torch.int32)},
+    "an unknown prediction": {"prediction_type": "flow"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_kernel_itself_refuses(name: str) -> None:
+    """A good call reaches it without any check before."""
+    options: dict[str, Any] = {
+        "prediction_type": "epsilon", "clip_range": None, "threshold": None,
+        "use_clipped_model_output": False, "model_output_uncond": None, "guidance_scale": 1.0,
+        "guidance_scales": None, "guidance_rescale": 0.0, "noise": None, "seed": None,
+        "offset": None, "return_original": True, **REFUSED[name],
+    }  # fmt: skip
+    coefficients = options.pop("coefficients", torch.ones(5))
+    images = torch.zeros(SHAPE), torch.zeros(SHAPE)
+    with pytest.raises(RuntimeError):
+        torch.ops.fastldm.ddim_step_fwd(*images, coefficients, backend="cpp", **options)
