@@ -1,6 +1,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "cross_attention/cpu.h"
 #include "diffusion_step/cpu.h"
 #include "group_norm_silu/cpu.h"
 #include "vector_quantize/cpu.h"
@@ -24,6 +25,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("has_cuda") = false;
 #endif
   const auto unlocked = pybind11::call_guard<pybind11::gil_scoped_release>();
+  module.def("cross_attention_fwd", &fastldm::cross_attention_fwd, unlocked);
+  module.def("cross_attention_bwd", &fastldm::cross_attention_bwd, unlocked);
   module.def("diffusion_step_fwd", &fastldm::diffusion_step_fwd, unlocked);
   module.def("group_norm_silu_fwd", &fastldm::group_norm_silu_fwd, unlocked);
   module.def("group_norm_silu_bwd", &fastldm::group_norm_silu_bwd, unlocked);

@@ -1,0 +1,35 @@
+// Requests for memory that is wanted soon, which the processor fetches while it computes.
+#pragma once
+
+#include <cstdint>
+
+#include "fastldm/inline.h"
+#include "fastldm/storage.h"
+
+namespace fastldm {
+
+FASTLDM_INLINE int64_t bytes_of(Storage type) {
+  switch (type) {
+    case Storage::kHalf:
+    case Storage::kBFloat16:
+      return 2;
+    case Storage::kFloat:
+      return 4;
+    case Storage::kDouble:
+      return 8;
+  }
+  return 0;
+}
+
+// `count` elements from `first` on, or none where there is no memory. They may lie outside of it: a
+// request is no access.
+FASTLDM_INLINE void prefetch(const void* data, Storage type, int64_t first, int64_t count) {
+  if (!data) return;
+  const int64_t bytes = bytes_of(type);
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data) + first * bytes;
+  for (int64_t at = 0; at < count * bytes; at += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(from + at));
+  }
+}
+
+}  // namespace fastldm
