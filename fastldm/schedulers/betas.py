@@ -53,6 +53,11 @@ def _laplace(_start: float, _end: float, steps: int, dtype: torch.dtype) -> Tens
     return _from_alpha_bar(alpha_bar, steps, dtype)
 
 
+def _exp(_start: float, _end: float, steps: int, dtype: torch.dtype) -> Tensor:
+    """ᾱ falls exponentially in t."""
+    return _from_alpha_bar(lambda t: math.exp(-12.0 * t), steps, dtype)
+
+
 def _from_alpha_bar(alpha_bar: Callable[[float], float], steps: int, dtype: torch.dtype) -> Tensor:
     values = [alpha_bar(step / steps) for step in range(steps + 1)]
     betas = [min(1 - after / before, _MAX_BETA) for before, after in itertools.pairwise(values)]
@@ -66,6 +71,7 @@ _SCHEDULES: dict[str, Callable[[float, float, int, torch.dtype], Tensor]] = {
     "sqrt": _sqrt,
     "sigmoid": _sigmoid,
     "laplace": _laplace,
+    "exp": _exp,
 }
 BETA_SCHEDULES = tuple(_SCHEDULES)
 
@@ -83,10 +89,10 @@ def make_betas(
 
     Args:
         beta_schedule: ``"linear"`` in β, ``"scaled_linear"`` in √β, ``"squaredcos_cap_v2"``
-            (cosine), ``"sqrt"``, ``"sigmoid"`` or ``"laplace"``. CompVis's "linear" is
+            (cosine), ``"sqrt"``, ``"sigmoid"``, ``"laplace"`` or ``"exp"``. CompVis's "linear" is
             ``"scaled_linear"`` here and its "sqrt_linear" is ``"linear"``.
         beta_start, beta_end: the ends of the schedule; without effect on the schedules that are
-            given by ᾱ (cosine, Laplace).
+            given by ᾱ (cosine, Laplace, exponential).
         num_train_timesteps: T.
         trained_betas: the β themselves, [T], in place of a schedule.
         dtype: of the computation and the result.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class DiffusionScheduler(NoiseScheduler, ABC):
     """
 
     init_noise_sigma = 1.0
-    timestep_spacings = (*TIMESTEP_SPACINGS, *COMPVIS_SPACINGS)
+    timestep_spacings: ClassVar[tuple[str, ...]] = (*TIMESTEP_SPACINGS, *COMPVIS_SPACINGS)
 
     def _set_schedule(self) -> None:
         super()._set_schedule()

@@ -106,8 +106,8 @@ def compare(trajectory: Any, assert_equal_trajectories: Any) -> Callable[..., No
 
     In float32 rounding may cost diffusers more than that, as its distance from our trajectory in
     float64 shows; then it may cost us no more than twice as much. `bound` is for those of
-    diffusers' schedulers that round to float32 what they get in float64, and `stochastic` says that
-    the noise, and so the trajectory, is another in float64.
+    diffusers' schedulers that round to float32 what they get in float64. `stochastic` says that
+    they draw other noise in float64, so that the trajectory with that of float32 is made, too.
     """
 
     def check(
@@ -122,12 +122,15 @@ def compare(trajectory: Any, assert_equal_trajectories: Any) -> Callable[..., No
         exact = trajectory(ours, steps, torch.float64, **options)
         assert_equal_trajectories(exact, trajectory(theirs, steps, torch.float64, **options), bound)
         got, want = (trajectory(one, steps, torch.float32, **options) for one in (ours, theirs))
-        cost = 0.0 if stochastic else float(errors(want[0], exact[0]).max())
-        if cost <= _CLOSE / 2:
-            assert_equal_trajectories(got, want)
-        else:
-            assert got[0].dtype == torch.float32
-            assert float(errors(got[0], exact[0]).max()) <= 2 * cost
+        if stochastic:
+            exact = trajectory(ours, steps, torch.float64, draws_outside=True, **options)
+        for mine, other, full in zip(got, want, exact, strict=False):
+            cost = float(errors(other, full).max())
+            if cost <= _CLOSE / 2:
+                assert_equal_trajectories((mine,), (other,))
+            else:
+                assert mine.dtype == torch.float32
+                assert float(errors(mine, full).max()) <= 2 * cost
 
     return check
 
@@ -142,18 +145,37 @@ class _InFloat64:
         return getattr(self._module, "float64" if name == "float32" else name)
 
 
+@contextmanager
+def _in_float64(scheduler: type) -> Iterator[None]:
+    home = sys.modules[scheduler.__module__]
+    originals = {name: vars(home)[name] for name in ("torch", "np")}
+    vars(home).update({name: _InFloat64(module) for name, module in originals.items()})
+    try:
+        yield
+    finally:
+        vars(home).update(originals)
+
+
 @pytest.fixture
-def in_float64() -> Callable[[type], Any]:
-    """Let a scheduler of diffusers, which rounds to float32 here and there, compute in float64."""
+def compare_in_float64(trajectory: Any, assert_equal_trajectories: Any) -> Callable[..., None]:
+    """With ``schedule_dtype="float64"`` our trajectories are diffusers' as computed in float64.
 
-    @contextmanager
-    def patch(scheduler: type) -> Iterator[None]:
-        home = sys.modules[scheduler.__module__]
-        originals = {name: vars(home)[name] for name in ("torch", "np")}
-        vars(home).update({name: _InFloat64(module) for name, module in originals.items()})
-        try:
-            yield
-        finally:
-            vars(home).update(originals)
+    diffusers rounds schedules and samples to float32 here and there; here it does not.
+    """
 
-    return patch
+    def check(
+        ours: type,
+        theirs: Any,
+        config: dict[str, Any],
+        steps: Any,
+        *,
+        bound: float | None = None,
+        **options: Any,
+    ) -> None:
+        scheduler = ours(**config, schedule_dtype="float64")
+        with _in_float64(theirs):
+            want = trajectory(theirs(**config), steps, torch.float64, **options)
+        got = trajectory(scheduler, steps, torch.float64, **options)
+        assert_equal_trajectories(got, want, bound)
+
+    return check
