@@ -150,7 +150,9 @@ class Attention(AttentionInterface):
         key_mask = mask if mask is not None and mask.ndim == 2 else None
         if key_mask is not None and key_mask.dtype != torch.bool:
             raise ValueError(f"attention_mask: [B, Lk] must be bool, got {key_mask.dtype}")
-        if to_context and (mask is None or key_mask is not None):
+        # On a CPU the operator is faster for many keys, too; elsewhere it is made for few.
+        is_fast = to_context or query.device.type == "cpu"
+        if is_fast and (mask is None or key_mask is not None):
             output = ops.cross_attention(query, key, value, scale=self.scale, key_mask=key_mask)
             return output.to(dtype)
         if key_mask is not None:

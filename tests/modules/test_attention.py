@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers.models.attention_processor import Attention as TheirAttention
 
+from fastldm import ops
 from fastldm.errors import ConfigError
+from fastldm.modules import attention
 from fastldm.modules.attention import Attention
 
 CASES = {
@@ -69,6 +73,20 @@ def test_outputs_and_gradients_are_diffusers(name):
         assert given.shape == expected.shape
         error = float((given - expected).abs().max())
         assert error <= tolerance * max(float(expected.abs().max()), 0.1 * largest)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_cpu_attends_by_the_operator(name, monkeypatch):
+    queries = []
+
+    def attend(query, *operands, **options):
+        queries.append(query.shape)
+        return ops.cross_attention(query, *operands, **options)
+
+    monkeypatch.setattr(attention, "ops", SimpleNamespace(cross_attention=attend))
+    config = CASES[name]
+    Attention(**config).double()(*operands(config))
+    assert queries == [(3, 20, config["heads"], config["dim_head"])]
 
 
 def plain_attention(module: Attention, x, context, bias) -> torch.Tensor:
