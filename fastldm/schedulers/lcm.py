@@ -204,12 +204,10 @@ class LCMScheduler(DiffusionScheduler):
         ).prev_sample
         previous = denoised
         if stays_on_device(timestep) or self.previous_timestep(int(timestep)) >= 0:
-            noise = noise_arguments(timestep, model_output, generator, variance_noise, None)[
-                "noise"
-            ]
+            drawn = noise_arguments(timestep, model_output, generator, variance_noise, None)
             signal, deviation = (
                 factor.reshape(-1, *(1,) * (sample.ndim - 1))
                 for factor in coefficients[..., width:].unbind(dim=-1)
             )
-            previous = (signal * denoised + deviation * noise["noise"]).to(sample.dtype)
+            previous = (signal * denoised + deviation * drawn["noise"]).to(sample.dtype)
         return LCMSchedulerOutput(previous, denoised) if return_dict else (previous, denoised)

@@ -52,7 +52,7 @@ def trajectory() -> Callable[..., tuple[Tensor, ...]]:
             steps
         )
         begin *= scheduler.order
-        if begin and hasattr(scheduler, "set_begin_index"):
+        if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         sample = sample * scheduler.init_noise_sigma
         accepted = inspect.signature(scheduler.step).parameters
@@ -104,10 +104,11 @@ def assert_equal_trajectories() -> Callable[..., None]:
 def compare(trajectory: Any, assert_equal_trajectories: Any) -> Callable[..., None]:
     """Our whole trajectories are diffusers', in float64 to 1e-12 and in float32 to 1e-5.
 
-    In float32 rounding may cost diffusers more than that, as its distance from our trajectory in
-    float64 shows; then it may cost us no more than twice as much. `bound` is for those of
-    diffusers' schedulers that round to float32 what they get in float64. `stochastic` says that
-    they draw other noise in float64, so that the trajectory with that of float32 is made, too.
+    In float32 rounding may cost diffusers about as much, as its distance from our trajectory in
+    float64 shows; then it may cost us no more than that or twice what it costs diffusers. `bound`
+    is for those of diffusers' schedulers that round to float32 what they get in float64.
+    `stochastic` says that they draw other noise in float64, so that our trajectory in float64 with
+    the noise of float32 is made, too.
     """
 
     def check(
@@ -126,11 +127,11 @@ def compare(trajectory: Any, assert_equal_trajectories: Any) -> Callable[..., No
             exact = trajectory(ours, steps, torch.float64, draws_outside=True, **options)
         for mine, other, full in zip(got, want, exact, strict=False):
             cost = float(errors(other, full).max())
-            if cost <= _CLOSE / 2:
+            if cost <= _CLOSE / 4:
                 assert_equal_trajectories((mine,), (other,))
             else:
                 assert mine.dtype == torch.float32
-                assert float(errors(mine, full).max()) <= 2 * cost
+                assert float(errors(mine, full).max()) <= max(_CLOSE, 2 * cost)
 
     return check
 
