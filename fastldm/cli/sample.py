@@ -13,6 +13,21 @@ from fastldm.cli.parsing import parse_config
 from fastldm.errors import ConfigError
 from fastldm.storage import atomic_file, read_json
 
+_SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "plms": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
+    "sde-dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler-ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+"""Classes and options of the samplers, by the names of the option."""
+
 
 @dataclass(kw_only=True)
 class SampleConfig:
@@ -34,7 +49,10 @@ class SampleConfig:
     """Classifier-free guidance; 1 is none."""
     eta: float = 0.0
     """η of DDIM: 0 deterministic, 1 as noisy as DDPM."""
-    scheduler: Literal["saved", "ddim", "ddpm"] = "saved"
+    scheduler: Literal[
+        "saved", "ddim", "ddpm", "plms", "dpmsolver++", "sde-dpmsolver++", "euler",
+        "euler-ancestral", "heun", "lms", "unipc", "lcm",
+    ] = "saved"  # fmt: skip
     """Sampler: the model's own or another on the same noise schedule."""
     seed: int = 0
     """Seed of the first image; the next ones have the next seeds."""
@@ -144,9 +162,9 @@ def _check_conditions(config: SampleConfig, model: Any) -> None:
 
 
 def _scheduler(config: SampleConfig, model: Any) -> Any:
-    from fastldm.schedulers import DDIMScheduler, DDPMScheduler
+    import fastldm
 
     if config.scheduler == "saved":
         return None
-    kind: Any = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}[config.scheduler]
-    return kind.from_config(model.scheduler.config)
+    name, options = _SCHEDULERS[config.scheduler]
+    return getattr(fastldm, name).from_config(model.scheduler.config, **options)

@@ -220,7 +220,7 @@ class LatentDiffusion(FileMethods, LatentSpace):
             uniform = torch.rand(batch_size, generator=generator, device=source)
             drop = uniform < self.conditioning_dropout
         conditioning = self.encode_condition(cond, batch_size, drop)
-        z_t = self.scheduler.add_noise(z, noise, timesteps)
+        z_t = self.objective.diffuse(z, noise, timesteps)
         output = self.predict(z_t, timesteps, conditioning)
         return self.objective(output, self.objective.target(z, noise, timesteps), timesteps)
 

@@ -101,6 +101,8 @@ def run_sampler(
         z₀, [B, C, h, w].
     """
     scheduler.set_timesteps(options.num_inference_steps, device=noise.device)
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
     step = _make_step(scheduler, generators, options)
     guided = unconditional is not None
     conditioning = conditional.followed_by(unconditional) if unconditional else conditional

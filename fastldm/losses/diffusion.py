@@ -128,6 +128,21 @@ class DiffusionLoss(nn.Module):
         """T."""
         return len(self._tables["alphas_cumprod"])
 
+    def diffuse(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the model sees: x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε, whatever sampler is used later.
+
+        Args:
+            x0, noise: [B, …].
+            timesteps: int64 [B].
+
+        Returns:
+            [B, …], in the dtype of `x0`.
+        """
+        dtype = _compute_dtype(x0)
+        alpha = self._at("alphas_cumprod", timesteps, dtype)
+        alpha = alpha.view(-1, *[1] * (x0.ndim - 1))
+        return (alpha.sqrt() * x0.to(dtype) + (1 - alpha).sqrt() * noise.to(dtype)).to(x0.dtype)
+
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model is to predict from x_t.
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -18,19 +20,47 @@ from fastldm.errors import CheckpointError, ConfigError
 from fastldm.outputs import BaseOutput
 from fastldm.storage import write_json
 
-_OTHER_SCHEDULERS_FIELDS = frozenset({
-    # sampling options of other schedulers, which say nothing about how the model was trained
-    "algorithm_type", "disable_corrector", "euler_at_final", "final_sigmas_type",
-    "interpolation_type", "lambda_min_clipped", "lower_order_final", "noise_sampler_seed",
-    "original_inference_steps", "set_alpha_to_one", "sigma_max", "sigma_min", "skip_prk_steps",
-    "solver_order", "solver_p", "solver_type", "timestep_scaling", "timestep_type",
-    "use_beta_sigmas", "use_exponential_sigmas", "use_karras_sigmas", "use_lu_lambdas",
-    "variance_type",
-    # fields of flow matching, at the values that switch it off (see `_refuse_flow_matching`)
-    "flow_shift", "shift_terminal", "time_shift_type", "use_dynamic_shifting", "use_flow_sigmas",
-    # fields that early releases of diffusers wrote and no longer read
+_logger = logging.getLogger(__name__)
+
+_METHOD_FIELDS = frozenset({
+    # which describe another scheduler's own method
+    "algorithm_type", "disable_corrector", "euler_at_final", "flow_shift", "interpolation_type",
+    "lower_order_final", "noise_sampler_seed", "original_inference_steps", "predict_x0",
+    "set_alpha_to_one", "skip_prk_steps", "solver_order", "solver_p", "solver_type",
+    "time_shift_type", "timestep_scaling", "variance_type",
+    # which matter only beside a field of `_SAMPLING_FIELDS`
+    "clip_sample_range", "dynamic_thresholding_ratio", "sample_max_value", "steps_offset",
+    "timestep_spacing",
+    # which early releases of diffusers wrote and no longer read
     "predict_epsilon", "tensor_format", "timestep_values",
 })  # fmt: skip
+"""Fields of other schedulers that are left out."""
+
+_SAMPLING_FIELDS: dict[str, Any] = {
+    "clip_sample": False,
+    "final_sigmas_type": "zero",
+    "lambda_min_clipped": -float("inf"),
+    "sigma_max": None,
+    "sigma_min": None,
+    "thresholding": False,
+    "timestep_type": "discrete",
+    "use_beta_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_karras_sigmas": False,
+    "use_lu_lambdas": False,
+}
+"""Fields of other schedulers that are left out with a warning, unless they have this value."""
+
+_PROCESS_FIELDS: dict[str, Any] = {
+    "rescale_betas_zero_snr": False,
+    "shift_terminal": None,
+    "use_dynamic_shifting": False,
+    "use_flow_sigmas": False,
+}
+"""Fields that say how a model was trained, with the value that a scheduler without them stands for.
+
+The last three are of flow matching, which no scheduler here has.
+"""
 
 _EXTENSIONS: dict[str, Any] = {"schedule_dtype": "float32"}
 """Fields that diffusers does not know, with the value at which both do the same."""
@@ -50,6 +80,19 @@ class SchedulerMixin(ConfigMixin):
     """A scheduler that is stored as ``scheduler_config.json``, in diffusers' format."""
 
     config_name = "scheduler_config.json"
+    _compatibles: ClassVar[tuple[str, ...]] = (
+        "DDIMScheduler",
+        "DDPMScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "EulerAncestralDiscreteScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+        "LCMScheduler",
+        "LMSDiscreteScheduler",
+        "PNDMScheduler",
+        "UniPCMultistepScheduler",
+    )
     diffusers_class = "SchedulerMixin"
     """What a scheduler also is in a program that uses diffusers."""
     order = 1
@@ -59,30 +102,31 @@ class SchedulerMixin(ConfigMixin):
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
         """Build the scheduler from its own config or another scheduler's, ours or diffusers'.
 
-        Sampling options that only other schedulers have are left out, and so are fields that a
-        scheduler of diffusers got from its own defaults.
+        Options of methods that only other schedulers have are left out, with a warning where they
+        change which noise levels are visited or how x₀ is limited. So are fields that a scheduler
+        of diffusers got from its own defaults.
 
         Args:
             config: the fields; those that start with ``_`` are metadata and skipped.
             overrides: replace single fields.
 
         Raises:
-            ConfigError: a field is unknown to every scheduler, or has a value this one refuses.
+            ConfigError: a field is unknown to every scheduler, has a value this one refuses, or
+                says that the model was trained with what this one has not.
         """
         defaulted = config.get("_use_default_values", ())
         values = {name: value for name, value in config.items() if name not in defaulted}
         values.update(overrides)
-        _refuse_flow_matching(cls.__name__, values)
         if values.get("predict_epsilon") is False:
             values.setdefault("prediction_type", "sample")
         own = inspect.signature(cls.__init__).parameters
-        return super().from_config(
-            {
-                name: value
-                for name, value in values.items()
-                if name in own or name not in _OTHER_SCHEDULERS_FIELDS
-            }
-        )
+        return super().from_config(_without_foreign_fields(cls.__name__, values, own))
+
+    @property
+    def compatibles(self) -> list[type]:
+        """The schedulers that `from_config` builds from this one's config."""
+        home = importlib.import_module("fastldm.schedulers")
+        return [getattr(home, name) for name in self._compatibles]
 
     @classmethod
     def from_pretrained(
@@ -162,11 +206,23 @@ class SchedulerMixin(ConfigMixin):
         self.save_config(save_directory)
 
 
-def _refuse_flow_matching(scheduler: str, config: Mapping[str, Any]) -> None:
-    """Flow matching is another forward process, so its options are not ones to leave out."""
-    for field in ("use_flow_sigmas", "use_dynamic_shifting"):
-        if config.get(field):
-            raise ConfigError(f"{field}: got True; {scheduler} has no flow matching")
+def _without_foreign_fields(
+    scheduler: str, config: Mapping[str, Any], own: Collection[str]
+) -> dict[str, Any]:
+    """The fields that are the scheduler's own, and those that no scheduler has."""
+    kept = {}
+    for name, value in config.items():
+        if name in own:
+            kept[name] = value
+        elif name in _PROCESS_FIELDS:
+            if value != _PROCESS_FIELDS[name]:
+                raise ConfigError(f"{name}: got {value!r}; {scheduler} has no such noise schedule")
+        elif name in _SAMPLING_FIELDS:
+            if value != _SAMPLING_FIELDS[name]:
+                _logger.warning("%s has no %s; %r is left out", scheduler, name, value)
+        elif name not in _METHOD_FIELDS and name not in _EXTENSIONS:
+            kept[name] = value
+    return kept
 
 
 def randn(

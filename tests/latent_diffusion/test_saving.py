@@ -213,11 +213,11 @@ def test_text_encoders_of_transformers_come_back(build, clip, tmp_path) -> None:
 def test_a_scheduler_of_diffusers_comes_back(build, tmp_path) -> None:
     import diffusers
 
-    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear")
+    scheduler = diffusers.KDPM2DiscreteScheduler(beta_schedule="scaled_linear")
     model = build.model(scheduler=scheduler)
     model.save_pretrained(tmp_path)
     loaded = LatentDiffusion.from_pretrained(tmp_path)
-    assert type(loaded.scheduler) is diffusers.EulerDiscreteScheduler
+    assert type(loaded.scheduler) is diffusers.KDPM2DiscreteScheduler
     common: dict[str, Any] = {"num_inference_steps": 2, "seeds": 0}
     assert torch.equal(loaded.sample(1, **common), model.eval().sample(1, **common))
 

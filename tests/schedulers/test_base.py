@@ -14,11 +14,12 @@ from diffusers.utils.torch_utils import randn_tensor
 
 from fastldm import schedulers
 from fastldm.errors import CheckpointError, ConfigError
-from fastldm.schedulers import DDIMScheduler, DDPMScheduler, randn
+from fastldm.schedulers import DDIMScheduler, DDPMScheduler, SchedulerMixin, randn
 
 PAIRS = [(DDIMScheduler, diffusers.DDIMScheduler), (DDPMScheduler, diffusers.DDPMScheduler)]
 both = pytest.mark.parametrize(("ours", "theirs"), PAIRS, ids=["ddim", "ddpm"])
 each = pytest.mark.parametrize("cls", [DDIMScheduler, DDPMScheduler])
+ALL = sorted(SchedulerMixin._compatibles)
 CONFIG = {
     "num_train_timesteps": 500,
     "beta_start": 0.00085,
@@ -209,3 +210,62 @@ def test_generators_that_do_not_fit_are_named():
 
 def test_public_names():
     assert all(hasattr(schedulers, name) for name in schedulers.__all__)
+
+
+def accepted(cls, config):
+    return {name: value for name, value in config.items() if name in cls().config}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_files_of_every_scheduler_go_both_ways(name, tmp_path, caplog):
+    ours, theirs = getattr(schedulers, name), getattr(diffusers, name)
+    given = {**CONFIG, "clip_sample": True, "solver_order": 3, "skip_prk_steps": True,
+             "use_karras_sigmas": True, "original_inference_steps": 40}  # fmt: skip
+    given = accepted(ours, given)
+    theirs(**given).save_pretrained(tmp_path / "theirs")
+    loaded = ours.from_pretrained(tmp_path / "theirs")
+    assert {**fields(theirs(**given).config), "schedule_dtype": "float32"} == fields(loaded.config)
+    loaded.save_pretrained(tmp_path / "ours")
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        back = theirs.from_pretrained(tmp_path / "ours")
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert fields(back.config) == fields(theirs(**given).config)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__:DeprecationWarning")
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("other", OTHERS, ids=lambda cls: cls.__name__)
+def test_every_scheduler_takes_over_every_config(name, other):
+    given = {"num_train_timesteps": 100, "beta_schedule": "scaled_linear", "beta_end": 0.013}
+    config = other(**given).config
+    loaded = getattr(schedulers, name).from_config(config)
+    assert (loaded.config.num_train_timesteps, loaded.config.beta_end) == (100, 0.013)
+    loaded.set_timesteps(10)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_left_out_of_a_config_is_said(name, caplog):
+    cls = getattr(schedulers, name)
+    config = {"use_karras_sigmas": True, "thresholding": True, "skip_prk_steps": True}
+    with caplog.at_level(logging.WARNING, logger="fastldm"):
+        loaded = cls.from_config(config)
+    for field in ("use_karras_sigmas", "thresholding"):
+        assert (f"no {field}" in caplog.text) == (field not in loaded.config)
+    assert "skip_prk_steps" not in caplog.text
+    if "rescale_betas_zero_snr" not in loaded.config:
+        with pytest.raises(ConfigError, match="rescale_betas_zero_snr"):
+            cls.from_config({"rescale_betas_zero_snr": True})
+    with pytest.raises(ConfigError, match="use_dynamic_shifting"):
+        cls.from_config({"use_dynamic_shifting": True})
+    with pytest.raises(ConfigError, match="'beta_stop'"):
+        cls.from_config({"beta_stop": 0.02})
+
+
+def test_compatible_schedulers_are_those_of_the_package():
+    found = {cls.__name__ for cls in DDIMScheduler().compatibles}
+    assert found == {name for name in schedulers.__all__
+                     if name.endswith("Scheduler") and hasattr(diffusers, name)}  # fmt: skip
