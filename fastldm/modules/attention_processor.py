@@ -57,7 +57,9 @@ def is_plain(processor: Processor) -> bool:
 
 def accepted_arguments(processor: Processor) -> frozenset[str]:
     """Names of what `processor` takes beyond the attention, the two states and the mask."""
-    function = processor.forward if isinstance(processor, nn.Module) else processor
+    function: Processor = processor
+    if isinstance(processor, nn.Module) and type(processor).__call__ is nn.Module.__call__:
+        function = processor.forward
     names = frozenset(inspect.signature(function).parameters)
     return names - {"attn", "hidden_states", "encoder_hidden_states", "attention_mask"}
 

@@ -144,7 +144,9 @@ class Tiny:
     def controlnet(self) -> diffusers.ControlNetModel:
         torch.manual_seed(7)
         controlnet = diffusers.ControlNetModel.from_unet(
-            self.unet(), conditioning_channels=3, load_weights_from_unet=False
+            self.unet(),
+            conditioning_embedding_out_channels=(8, 8),
+            load_weights_from_unet=False,
         )
         for parameter in controlnet.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
