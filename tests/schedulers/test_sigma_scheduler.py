@@ -120,3 +120,30 @@ def test_bad_time_steps_are_named(name):
     if spaced.config.get("use_karras_sigmas"):
         with pytest.raises(ConfigError, match="timesteps: given"):
             spaced.set_timesteps(timesteps=[3, 1])
+
+
+@pytest.mark.parametrize("name", [*EXPLODING[:3], "DPMSolverMultistepScheduler"])
+def test_a_compiled_step_has_no_graph_breaks(name):
+    """Once the table of the run is there, which its first step makes."""
+    scheduler = make(name)
+    torch._dynamo.reset()
+
+    def step(output, timestep, sample):
+        options = {}
+        if name == "EulerAncestralDiscreteScheduler":
+            options["variance_noise"] = noise
+        return scheduler.step(output, timestep, sample, **options).prev_sample
+
+    sample, output, noise = torch.randn(3, 2, 3, 4, 4).unbind()
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    results = []
+    for call in (step, compiled):
+        scheduler.set_timesteps(12)
+        scheduler.set_begin_index(0)
+        scheduler.scale_model_input(sample, scheduler.timesteps[0])
+        if name in PRESERVING:
+            scheduler._table(sample)
+        results.append([call(output, timestep, sample) for timestep in scheduler.timesteps])
+    for got, want in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
