@@ -109,8 +109,9 @@ def with_required_conditions(
     """
     if config.data is None or config.conditioning == "none":
         return config
-    field = "require_captions" if uses_captions(config) else "require_classes"
-    return replace(config, data=replace(config.data, **{field: True}))
+    if uses_captions(config):
+        return replace(config, data=replace(config.data, require_captions=True))
+    return replace(config, data=replace(config.data, require_classes=True))
 
 
 def condition_of(config: LatentDiffusionTrainingConfig, batch: dict[str, Any]) -> Any:
