@@ -35,14 +35,15 @@ def run_stages(
         if earlier and not again and _stands(earlier, sources, device):
             yield earlier, f"kept: it was done on {earlier.stamp['date']}; --again repeats it"
             continue
-        limit = min(limits.get(stage.name, stage.limit), end - time.monotonic())
-        if limit < _LEAST:
+        left = end - time.monotonic()
+        if left < _LEAST:
             reason = f"no time was left of {total:g} s"
             if earlier is None or not earlier.rows:
                 earlier = Record(stage.name, SKIPPED, reason, stamp={"date": records.now()})
                 earlier.write(out)
             yield earlier, f"not run: {reason}"
             continue
+        limit = min(limits.get(stage.name, stage.limit), left)
         record = _run(stage, out, device, limit, worker)
         yield record, f"{record.state} in {record.seconds:.1f} s"
 

@@ -200,14 +200,15 @@ def _class_fields(params: UNetParams) -> dict[str, Any]:
 def _refuse_unsupported(params: UNetParams) -> None:
     """What UNetModel can be and our models cannot."""
     middle = params.transformer_depth_middle
+    last_depth = params.depths[-1] if params.levels else None
     for name, value, supported in (
+        ("channel_mult", params.channel_mult, _starts_at_one(params.channel_mult)),
         ("dims", params.dims, params.dims == 2),
         ("n_embed", params.n_embed, params.n_embed is None),
         ("num_heads_upsample", params.num_heads_upsample, _same_heads(params)),
         ("num_attention_blocks", "a list", params.num_attention_blocks is None),
         ("disable_middle_self_attn", True, not params.disable_middle_self_attn),
-        ("transformer_depth_middle", middle, middle in (None, params.depths[-1])),
-        ("channel_mult", params.channel_mult, _starts_at_one(params.channel_mult)),
+        ("transformer_depth_middle", middle, middle in (None, last_depth)),
         ("model_channels", params.model_channels, params.model_channels > 0),
     ):
         if not supported:

@@ -219,5 +219,5 @@ def test_moving_averages_of_the_codebook_start_from_the_codes() -> None:
 
 def test_a_first_stage_that_the_layout_cannot_hold_is_refused() -> None:
     model = VQModel(block_out_channels=(32,), norm_type="spatial", latent_channels=4)
-    with pytest.raises(ConfigError, match=r"norm_type: .*'spatial'"):
+    with pytest.raises(ConfigError, match="norm_type='spatial'"):
         compvis_state_dict(model)

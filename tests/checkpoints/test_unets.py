@@ -149,6 +149,8 @@ def test_the_order_inside_packed_projections_matters() -> None:
         ({"n_embed": 16}, "n_embed: fastldm has no such UNet, got 16"),
         ({"num_heads_upsample": 2}, "num_heads_upsample: .* got 2"),
         ({"channel_mult": [1, 0]}, "channel_mult: fastldm has no such UNet"),
+        ({"channel_mult": [2, 2]}, "channel_mult: fastldm has no such UNet"),
+        ({"channel_mult": []}, "channel_mult: fastldm has no such UNet"),
         ({"channel_mult": [1, "2"]}, r"channel_mult: expected a list of an integer, got a list"),
         ({"num_res_blocks": [1]}, "num_res_blocks: expected 2 numbers"),
         ({"num_classes": "sequential"}, "num_classes: 'sequential' is supported with"),
