@@ -72,7 +72,21 @@ def philox_normal(shape: torch.Size, dtype: torch.dtype, seed: Tensor, offset: T
     rows = seed.shape[0]
     count = math.prod(shape) if rows == 1 else math.prod(shape[1:])
     block = torch.arange((count + 3) // 4, device=seed.device).unsqueeze(0)
-    key = seed.unsqueeze(1)
+    normal = normal_of_blocks(block, seed.unsqueeze(1), offset)[:, :count]
+    return normal.reshape(shape).to(dtype)
+
+
+def normal_of_blocks(block: Tensor, key: Tensor, offset: Tensor) -> Tensor:
+    """The four normal numbers of each Philox block of `philox_normal`, in float32.
+
+    Args:
+        block: int64, [1, N].
+        key: int64, [B, 1].
+        offset: int64, 0-dimensional.
+
+    Returns:
+        [B, 4·N].
+    """
     words = philox_4x32(
         (block & _MASK_32, block >> 32, offset & _MASK_32, offset >> 32 & _MASK_32),
         (key & _MASK_32, key >> 32 & _MASK_32),
@@ -84,8 +98,7 @@ def philox_normal(shape: torch.Size, dtype: torch.dtype, seed: Tensor, offset: T
         radius = (-2 * _logarithm(u)).double().sqrt().float()
         cosine, sine = _turn(b >> 8)
         lanes += [radius * cosine, radius * sine]
-    normal = torch.stack(lanes, dim=-1).flatten(1)[:, :count]
-    return normal.reshape(shape).to(dtype)
+    return torch.stack(lanes, dim=-1).flatten(1)
 
 
 def _logarithm(u: Tensor) -> Tensor:

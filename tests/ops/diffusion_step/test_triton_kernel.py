@@ -12,8 +12,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from fastldm import ops
 from fastldm.ops.diffusion_step import triton_kernel
+from fastldm.ops.diffusion_step.reference import normal_of_blocks
+from fastldm.ops.diffusion_step.triton_noise import normal_blocks, normal_elements
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 STEPS = {"ddim": ops.ddim_step, "ddpm": ops.ddpm_step}
@@ -158,6 +163,26 @@ def test_any_rank_and_size(shape: tuple[int, ...], seeds: Any, triton_device: st
     assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
 
 
+@triton.jit
+def _normal_kernel(block_ptr, seed_ptr, offset_ptr, by_block_ptr, by_element_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    first, seed, offset = tl.load(block_ptr), tl.load(seed_ptr), tl.load(offset_ptr)
+    i = tl.arange(0, 4 * N)
+    tl.store(by_block_ptr + i, normal_blocks(first + tl.arange(0, N), seed, offset))
+    tl.store(by_element_ptr + i, normal_elements(4 * first + i, seed, offset))
+
+
+@pytest.mark.parametrize("first", [0, 2**32 - 8, 2**40 + 3])
+def test_normal_numbers_far_out(first: int, triton_device: str) -> None:
+    """In tensors of more elements than any test can have."""
+    state = [torch.tensor(value, device=triton_device) for value in (first, 5 - 2**40, 2**33 + 1)]
+    by_block, by_element = torch.empty(2, 64, device=triton_device).unbind()
+    _normal_kernel[(1,)](*state, by_block, by_element, N=16, enable_fp_fusion=False)
+    block, seed, offset = (value.cpu() for value in state)
+    expected = normal_of_blocks((block + torch.arange(16)).view(1, -1), seed.view(1, 1), offset)
+    assert torch.equal(by_block.cpu(), expected[0])
+    assert torch.equal(by_element.cpu(), expected[0])
+
+
 @pytest.mark.parametrize("op", STEPS)
 def test_no_samples(op: str, triton_device: str) -> None:
     nothing = torch.zeros(0, 4, 2, 2)
@@ -295,7 +320,7 @@ def test_one_compiled_step_serves_every_time_step(triton_device: str) -> None:
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("stride", [(2**31, 20, 5, 1), (20, 2**30, 5, 1)], ids=str)
+@pytest.mark.parametrize("stride", [(2**30, 20, 5, 1), (20, 2**30, 5, 1)], ids=str)
 def test_offsets_beyond_32_bits(
     stride: tuple[int, ...], triton_device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,7 +330,8 @@ def test_offsets_beyond_32_bits(
 
         # It would copy every argument's storage onto itself.
         monkeypatch.setattr(interpreter.GridExecutor, "_restore_args_dev", lambda *_: None)
-    sample, output = _draw((2, 4, 4, 5), torch.float16, "sample", "output").values()
+    sample, output = _draw((3, 4, 4, 5), torch.float16, "sample", "output").values()
+    # The strides fit into 32 bits, the offsets do not.
     furthest = sum((size - 1) * step for size, step in zip(output.shape, stride, strict=True))
     assert furthest >= 2**31
     far = torch.empty(furthest + 1, dtype=torch.float16, device=triton_device)
