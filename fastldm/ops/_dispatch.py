@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastldm.errors import BackendUnavailableError, ConfigError
 from fastldm.ops import _extension, _triton
-from fastldm.ops.cross_attention import winners
+from fastldm.ops.cross_attention import plan, winners
 
 OPERATORS = (
     "group_norm_silu", "cross_attention", "vector_quantize", "codebook_statistics", "ddim_step",
@@ -163,6 +163,8 @@ def _cross_attention_triton(
     reason = _why_not_triton("q", q)
     if reason is not None or _requested.get() != "auto":
         return reason
+    if not plan.stays_on_chip(keys, channels, q.dtype):
+        return f"{keys} keys of {channels} channels and {q.dtype} do not stay on chip"
     if winners.is_one_of(_sdpa_classes(q.device), q, k):
         return "torch's scaled_dot_product_attention was faster at this size when measured"
     return None

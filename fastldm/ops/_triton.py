@@ -14,6 +14,9 @@ from torch import Tensor
 LAUNCH_OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
 """Given with every launch: a·b + c is rounded once, whichever is Triton's default."""
 
+SHARED_BYTES = 166912
+"""Shared memory that one block can have on an A100, which stands for a GPU that is not there."""
+
 
 def problem() -> str | None:
     """Why Triton kernels cannot run on CUDA tensors here; None where they can."""
@@ -40,6 +43,14 @@ def interprets() -> bool:
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Launch on the device of `x`, where Triton would take the current one."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that one block can have."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def device_key(device: torch.device) -> str:

@@ -81,8 +81,8 @@ def planned(direction: str, changes: dict[str, Any]) -> Iterator[None]:
     """The plan of one direction with some of its figures changed."""
     rule = getattr(plan, direction)
 
-    def changed(B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype) -> plan.Plan:
-        cut: plan.Plan = rule(B, Lq, H, Lk, D, dtype)
+    def changed(B: int, Lq: int, H: int, Lk: int, D: int, *rest: Any) -> plan.Plan:
+        cut: plan.Plan = rule(B, Lq, H, Lk, D, *rest)
         given = {name: value for name, value in changes.items() if name != "splits_by"}
         cut = replace(cut, **given)
         # A span is a whole number of blocks.

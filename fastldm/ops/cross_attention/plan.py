@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from fastldm.ops._triton import SHARED_BYTES
+
 SUM_BLOCK = 1024
+_MOST_BYTES, _MOST_FLOAT32_BYTES = 65536, 40000
+_BESIDE_KEYS = 38912  # what queries, and all that the compiler lays there, take at most
 _MOST_ROWS = 64
 _SMALLEST = 16  # what the tensor cores take
-_KEPT_BYTES = 98304
-# Warps that a GPU is to have, for each of the 132 multiprocessors of an H100.
+# Warps that a GPU is to have: as many for each of the 132 multiprocessors of an H100.
 _FORWARD_WARPS = 132 * 16
 _BACKWARD_WARPS = 132 * 8
 
@@ -41,49 +44,66 @@ class Plan:
         return 2 if self.is_kept else 1
 
 
-def forward(B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype) -> Plan:
+def stays_on_chip(Lk: int, D: int, dtype: torch.dtype) -> bool:
+    """Whether all keys and values of a head do, for which the kernels are made."""
+    limit = _MOST_FLOAT32_BYTES if dtype == torch.float32 else _MOST_BYTES
+    return 2 * Lk * D * dtype.itemsize <= limit
+
+
+def forward(
+    B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype, shared_bytes: int = SHARED_BYTES
+) -> Plan:
     """For the output: scores and output of a block of queries are in registers."""
     keys, widths = _tiles(Lk, 64), _tiles(D, 128)
+    # Four warps one above the other, or all warps side by side in tiles wide enough for them.
     rows, num_warps = 64, 4
-    if dtype == torch.float32 or sum(keys) + sum(widths) > 176:
-        # The warps share a row's keys and channels, so these are in tiles wide enough for all.
-        keys = (_block(Lk, 64),) * -(-Lk // 64)
-        widths = _tiles(D, 128) if D > 128 else (_block(D, 128),)
-        rows, num_warps = 32 if dtype != torch.float32 and sum(widths) <= 64 else 16, 8
-    programs = B * H, _FORWARD_WARPS // num_warps
-    return _plan(Lq, rows, keys, widths, widths, num_warps, dtype, *programs)
+    if dtype == torch.float32:
+        rows, num_warps = 16, 4 if D <= 64 else 8
+        widths = widths if D > 128 else (_block(D, 128),)
+    elif sum(keys) > (160 if D <= 64 else 128) or sum(keys) + sum(widths) > 256:
+        rows, num_warps = 32 if D <= 128 else 16, 8
+        widths = widths if D > 128 else (max(64, _block(D, 128)),)
+    cut = Plan(rows, keys, widths, widths, False, rows, 1, num_warps)
+    # Keys and values are on chip.
+    kept = sum(keys) * 2 * sum(widths) * _bytes_on_chip(dtype)
+    return _fitted(cut, Lq, B * H, _FORWARD_WARPS, kept, shared_bytes)
 
 
-def backward(B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype) -> Plan:
+def backward(
+    B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype, shared_bytes: int = SHARED_BYTES
+) -> Plan:
     """For the gradients: those of all keys are in registers, too."""
     keys = _tiles(Lk, 64)
-    widths = _tiles(D, 128) if D > 128 else (_block(D, 128),)
-    part_widths = widths
-    rows, num_warps = (32, 4) if sum(widths) <= 64 else (16, 8)
-    if sum(widths) > 128:
-        part_widths, num_warps = (64,), 4
-    parts = -(-sum(widths) // sum(part_widths))
-    programs = B * H * parts, _BACKWARD_WARPS // num_warps
-    return _plan(Lq, rows, keys, widths, part_widths, num_warps, dtype, *programs)
+    num_warps = 4 if sum(keys) <= 80 else 8
+    if dtype == torch.float32:
+        rows, widths = 16, _tiles(D, 128) if D > 64 else (_block(D, 64),)
+        part_widths = widths if D <= 32 else (32,)
+    elif D <= 64:
+        widths = part_widths = (_block(D, 64),)
+        rows = 32 if sum(keys) <= (160 if D > 32 else 80) else 16
+    elif D <= 128 and sum(keys) <= 80:
+        widths = part_widths = (128,)
+        rows, num_warps = 16, 8
+    else:
+        rows, widths, part_widths = 16, _tiles(D, 128), (64,)
+    cut = Plan(rows, keys, widths, part_widths, False, rows, 1, num_warps)
+    # Keys, values, and keys once more, as ∂q is found from them, are on chip.
+    kept = sum(keys) * (2 * sum(widths) + sum(part_widths)) * _bytes_on_chip(dtype)
+    return _fitted(cut, Lq, B * H * cut.parts, _BACKWARD_WARPS, kept, shared_bytes)
 
 
-def _plan(
-    Lq: int,
-    rows: int,
-    keys: tuple[int, ...],
-    widths: tuple[int, ...],
-    part_widths: tuple[int, ...],
-    num_warps: int,
-    dtype: torch.dtype,
-    others: int,
-    programs: int,
-) -> Plan:
-    """With so many splits that they and what else is apart make this many programs."""
-    rows = _block(Lq, min(rows, _MOST_ROWS))
+def _fitted(cut: Plan, Lq: int, others: int, warps: int, kept: int, shared_bytes: int) -> Plan:
+    """With the splits that fill a GPU beside `others`, and keys on chip where there is room."""
+    rows = _block(Lq, min(cut.rows, _MOST_ROWS))
     blocks = -(-Lq // rows)
-    span = rows * -(-blocks // min(blocks, -(-programs // others)))
-    is_kept = 2 * sum(keys) * sum(widths) * dtype.itemsize <= _KEPT_BYTES
-    return Plan(rows, keys, widths, part_widths, is_kept, span, -(-Lq // span), num_warps)
+    span = rows * -(-blocks // min(blocks, -(-warps // (cut.num_warps * others))))
+    is_kept = kept <= shared_bytes - _BESIDE_KEYS
+    return replace(cut, rows=rows, span=span, splits=-(-Lq // span), is_kept=is_kept)
+
+
+def _bytes_on_chip(dtype: torch.dtype) -> int:
+    """Of an element; a float32 is split into two numbers for the tensor cores."""
+    return 2 * dtype.itemsize if dtype == torch.float32 else dtype.itemsize
 
 
 def _block(size: int, largest: int) -> int:

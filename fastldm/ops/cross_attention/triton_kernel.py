@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastldm.ops._triton import LAUNCH_OPTIONS, on_device_of
+from fastldm.ops._triton import LAUNCH_OPTIONS, on_device_of, shared_memory_of
 from fastldm.ops.cross_attention import plan
 from fastldm.ops.cross_attention.triton_tiles import (
     LOG2_E,
@@ -130,15 +130,18 @@ def _cross_attention_bwd_kernel(
         sums = dk, dv
         dk = ()
         dv = ()
-        dq = zeros(ROWS, PART_WIDTHS)
+        dscores = ()
         for j in tl.static_range(len(KEYS)):
             ds = (p[j] * (dp[j] - delta[:, None])).to(q[0].dtype)
-            if dq_ptr is not None:
-                dq = add_product(dq, ds, k_part[j])
+            dscores += (ds,)
             if dk_ptr is not None:
                 dk += (add_product(sums[0][j], tl.trans(ds), q_part),)
                 dv += (add_product(sums[1][j], tl.trans(p[j].to(q[0].dtype)), grad_part),)
+        # Last, because Triton lays all products out as this one: the warps side by side in a row.
         if dq_ptr is not None:
+            dq = zeros(ROWS, PART_WIDTHS)
+            for j in tl.static_range(len(KEYS)):
+                dq = add_product(dq, dscores[j], k_part[j])
             dq = times(dq, scale)
             store(dq_ptr, dq, b, h, rows, in_rows, column, Lq, H, D, PART_WIDTHS)
     if dk_ptr is not None:
@@ -174,7 +177,7 @@ def cross_attention_fwd(
     if not q.numel():
         return o
     (B, Lq, H, D), Lk = q.shape, k.shape[1]
-    cut = plan.forward(B, Lq, H, Lk, D, q.dtype)
+    cut = plan.forward(B, Lq, H, Lk, D, q.dtype, shared_memory_of(q.device))
     vector = vector_of(q, k, v)
     with on_device_of(q):
         _cross_attention_fwd_kernel[(B * cut.splits * H,)](
@@ -203,7 +206,7 @@ def cross_attention_bwd(
         dv.zero_()
     else:
         (B, Lq, H, D), Lk = q.shape, k.shape[1]
-        cut = plan.backward(B, Lq, H, Lk, D, q.dtype)
+        cut = plan.backward(B, Lq, H, Lk, D, q.dtype, shared_memory_of(q.device))
         vector = vector_of(grad, q, k, v)
         is_split = want_keys and cut.splits > 1
         sums: tuple[Tensor | None, ...] = (dk, dv) if want_keys else (None, None)
