@@ -9,22 +9,30 @@ if TYPE_CHECKING:
     from fastldm.losses.diffusion import DiffusionLoss, DiffusionLossConfig
     from fastldm.losses.first_stage import FirstStageLoss
     from fastldm.losses.first_stage_config import FirstStageLossConfig
+    from fastldm.losses.gaussian_diffusion import GaussianDiffusion
     from fastldm.losses.perceptual import LPIPS
+    from fastldm.losses.variational_bound import BoundTerms, VariationalBound
 
 _MODULE_OF = {
+    "BoundTerms": "variational_bound",
     "LPIPS": "perceptual",
     "DiffusionLoss": "diffusion",
     "DiffusionLossConfig": "diffusion",
     "FirstStageLoss": "first_stage",
     "FirstStageLossConfig": "first_stage_config",
+    "GaussianDiffusion": "gaussian_diffusion",
+    "VariationalBound": "variational_bound",
 }
 
 __all__ = [
     "LPIPS",
+    "BoundTerms",
     "DiffusionLoss",
     "DiffusionLossConfig",
     "FirstStageLoss",
     "FirstStageLossConfig",
+    "GaussianDiffusion",
+    "VariationalBound",
 ]
 
 

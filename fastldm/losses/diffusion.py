@@ -14,9 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.errors import ConfigError
+from fastldm.losses.gaussian_diffusion import (
+    PREDICTION_TYPES as PREDICTION_TYPES,
+)
+from fastldm.losses.gaussian_diffusion import (
+    GaussianDiffusion,
+    compute_dtype,
+)
 
 LossType = Literal["l2", "l1", "huber"]
-PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass
@@ -85,7 +91,8 @@ class DiffusionLoss(nn.Module):
         prediction_type: ``"epsilon"``, ``"sample"`` (x₀) or ``"v_prediction"`` (2202.00512).
 
     Attributes:
-        logvar: s_t, [T]: a parameter if it is learned.
+        logvar: s_t, [T], a parameter; None where it is not learned.
+        process: the `GaussianDiffusion` of the schedule.
 
     Raises:
         ConfigError: the prediction type is unknown, or the schedule has no finite bound.
@@ -95,38 +102,27 @@ class DiffusionLoss(nn.Module):
         self, config: DiffusionLossConfig, alphas_cumprod: Tensor, prediction_type: str = "epsilon"
     ) -> None:
         super().__init__()
-        if prediction_type not in PREDICTION_TYPES:
-            raise ConfigError(
-                f"prediction_type: expected one of {', '.join(PREDICTION_TYPES)}, "
-                f"got {prediction_type!r}"
-            )
         self.config = config
         self.prediction_type = prediction_type
-        alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
-        tables = {
-            "alphas_cumprod": alphas_cumprod,
-            "vlb": vlb_weights(alphas_cumprod, prediction_type, config.v_posterior),
-        }
+        self.process = GaussianDiffusion(alphas_cumprod, prediction_type, config.v_posterior)
+        self._snr_weights: Tensor | None = None
         if config.snr_gamma is not None:
-            tables["snr"] = min_snr_weights(alphas_cumprod, prediction_type, config.snr_gamma)
-        self._tables = tables
-        self._cast_tables: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
-        if config.original_elbo_weight and not tables["vlb"].isfinite().all():
+            alphas_cumprod = alphas_cumprod.detach().to("cpu", torch.float64)
+            self._snr_weights = min_snr_weights(alphas_cumprod, prediction_type, config.snr_gamma)
+        if config.original_elbo_weight and not self.process.vlb_weights.isfinite().all():
             raise ConfigError(
                 "original_elbo_weight: the bound is infinite, because alphas_cumprod reaches 0 and "
                 f"prediction_type is {prediction_type!r}; set it to 0 or predict v"
             )
-        logvar = torch.full((len(alphas_cumprod),), config.logvar_init, dtype=torch.float32)
-        self.logvar: Tensor
+        self.logvar: nn.Parameter | None = None
         if config.learn_logvar:
-            self.logvar = nn.Parameter(logvar)
-        else:
-            self.register_buffer("logvar", logvar, persistent=False)
+            start = float(config.logvar_init)
+            self.logvar = nn.Parameter(torch.full((self.num_timesteps,), start))
 
     @property
     def num_timesteps(self) -> int:
         """T."""
-        return len(self._tables["alphas_cumprod"])
+        return self.process.num_timesteps
 
     def diffuse(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model sees: x_t = √ᾱ_t·x₀ + √(1−ᾱ_t)·ε, whatever sampler is used later.
@@ -138,10 +134,7 @@ class DiffusionLoss(nn.Module):
         Returns:
             [B, …], in the dtype of `x0`.
         """
-        dtype = _compute_dtype(x0)
-        alpha = self._at("alphas_cumprod", timesteps, dtype)
-        alpha = alpha.view(-1, *[1] * (x0.ndim - 1))
-        return (alpha.sqrt() * x0.to(dtype) + (1 - alpha).sqrt() * noise.to(dtype)).to(x0.dtype)
+        return self.process.q_sample(x0, timesteps, noise)
 
     def target(self, x0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the model is to predict from x_t.
@@ -153,14 +146,7 @@ class DiffusionLoss(nn.Module):
         Returns:
             ε, x₀, or v = √ᾱ·ε − √(1−ᾱ)·x₀, [B, …].
         """
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return x0
-        dtype = _compute_dtype(x0)
-        alpha = self._at("alphas_cumprod", timesteps, dtype)
-        alpha = alpha.view(-1, *[1] * (x0.ndim - 1))
-        return alpha.sqrt() * noise.to(dtype) - (1 - alpha).sqrt() * x0.to(dtype)
+        return self.process.target(x0, noise, timesteps)
 
     def forward(
         self, model_output: Tensor, target: Tensor, timesteps: Tensor
@@ -175,21 +161,21 @@ class DiffusionLoss(nn.Module):
             The total, and detached scalars to log: ``loss``, ``loss_simple``, ``loss_vlb``, and
             ``loss_gamma`` and ``logvar`` where the latter is learned.
         """
-        dtype = _compute_dtype(model_output)
+        dtype = compute_dtype(model_output)
         with torch.autocast(model_output.device.type, enabled=False):
             per_sample = self._error(model_output.to(dtype), target.to(dtype))
             loss_simple = per_sample.mean()
-            loss_vlb = (self._at("vlb", timesteps, dtype) * per_sample).mean()
+            loss_vlb = (self.process.vlb_weights_at(timesteps, per_sample) * per_sample).mean()
             weighted = per_sample
-            if self.config.snr_gamma is not None:
-                weighted = self._at("snr", timesteps, dtype) * per_sample
-            logvar = self.logvar.to(dtype)[timesteps.to(self.logvar.device)]
-            loss_gamma = (weighted * torch.exp(-logvar) + logvar).mean()
+            if self._snr_weights is not None:
+                self._snr_weights = self._snr_weights.to(per_sample.device)
+                weighted = self._snr_weights[timesteps].to(dtype) * per_sample
+            loss_gamma = self._by_logvar(weighted, timesteps).mean()
             total = self.config.l_simple_weight * loss_gamma
             if self.config.original_elbo_weight:
                 total = total + self.config.original_elbo_weight * loss_vlb
         logs = {"loss": total, "loss_simple": loss_simple, "loss_vlb": loss_vlb}
-        if self.config.learn_logvar:
+        if self.logvar is not None:
             logs |= {"loss_gamma": loss_gamma, "logvar": self.logvar.mean()}
         return total, {name: value.detach() for name, value in logs.items()}
 
@@ -204,44 +190,13 @@ class DiffusionLoss(nn.Module):
             error = F.huber_loss(output, target, reduction="none", delta=delta)
         return error.flatten(1).mean(dim=1)
 
-    def _at(self, name: str, timesteps: Tensor, dtype: torch.dtype) -> Tensor:
-        """Entries of a table of [T] at `timesteps`, [B]."""
-        key = (name, timesteps.device, dtype)
-        if key not in self._cast_tables:
-            self._cast_tables[key] = self._tables[name].to(timesteps.device, dtype)
-        return self._cast_tables[key][timesteps]
-
-
-def vlb_weights(alphas_cumprod: Tensor, prediction_type: str, v_posterior: float = 0.0) -> Tensor:
-    """Weights of the squared errors in the variational bound, as CompVis computes them.
-
-    With β_t and the posterior variance σ²_t = (1−v)·β̃_t + v·β_t::
-
-        "epsilon"       β²/(2·σ²·α·(1−ᾱ))              (2006.11239, eq. 12)
-        "sample"        ½·√ᾱ/(2 − ᾱ)                    as CompVis has it
-        "v_prediction"  ᾱ_prev·β²/(2·σ²·(1−ᾱ))         eq. 12 with x₀ − x̂₀ = −√(1−ᾱ)·(v − v̂)
-
-    The first step has no posterior variance; it is given the weight of the second.
-
-    Args:
-        alphas_cumprod: ᾱ, [T].
-
-    Returns:
-        [T], of the dtype of `alphas_cumprod`.
-    """
-    previous = torch.cat([torch.ones_like(alphas_cumprod[:1]), alphas_cumprod[:-1]])
-    alphas = alphas_cumprod / previous
-    betas = 1 - alphas
-    if prediction_type == "sample":
-        weights = 0.5 * alphas_cumprod.sqrt() / (2 - alphas_cumprod)
-    else:
-        smallest = betas * (1 - previous) / (1 - alphas_cumprod)
-        variance = (1 - v_posterior) * smallest + v_posterior * betas
-        weights = betas.square() / (2 * variance * (1 - alphas_cumprod))
-        weights = weights / alphas if prediction_type == "epsilon" else weights * previous
-    if len(weights) > 1:
-        weights[0] = weights[1]
-    return weights
+    def _by_logvar(self, error: Tensor, timesteps: Tensor) -> Tensor:
+        """L_t·exp(−s_t) + s_t, [B]."""
+        if self.logvar is None:
+            constant = float(self.config.logvar_init)
+            return error * math.exp(-constant) + constant
+        logvar = self.logvar.to(error.dtype)[timesteps.to(self.logvar.device)]
+        return error * torch.exp(-logvar) + logvar
 
 
 def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) -> Tensor:
@@ -263,7 +218,3 @@ def min_snr_weights(alphas_cumprod: Tensor, prediction_type: str, gamma: float) 
     if prediction_type == "epsilon":
         return (gamma / snr).clamp(max=1.0)
     return snr.clamp(max=gamma) / (snr + 1)
-
-
-def _compute_dtype(value: Tensor) -> torch.dtype:
-    return torch.float64 if value.dtype == torch.float64 else torch.float32
