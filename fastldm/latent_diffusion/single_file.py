@@ -59,14 +59,13 @@ def load_single_file(
         )
     except TypeError as error:
         raise ConfigError(f"from_single_file: {error}") from None
-    if whole.logvar is not None and model.objective.config.learn_logvar:
-        _set_logvar(model, whole.logvar)
+    if whole.logvar is not None and model.objective.logvar is not None:
+        _set_logvar(model.objective.logvar, whole.logvar)
     model.file_layout = whole.layout
     return model.eval()
 
 
-def _set_logvar(model: LatentDiffusion, logvar: Tensor) -> None:
-    own = model.objective.logvar
+def _set_logvar(own: nn.Parameter, logvar: Tensor) -> None:
     if logvar.shape != own.shape or not logvar.is_floating_point():
         raise CheckpointError(
             f"logvar: is {list(logvar.shape)} in the file, {list(own.shape)} in the model"
@@ -97,7 +96,7 @@ def save_single_file(
         conditioner=model.conditioner if conditioner is None else conditioner,
         scheduler=model.scheduler.config,
         scale_factor=scale.factor,
-        logvar=model.objective.logvar if objective.learn_logvar else None,
+        logvar=model.objective.logvar,
         v_posterior=objective.v_posterior,
         ema=ema,
     )

@@ -10,8 +10,9 @@ from torch.optim.swa_utils import AveragedModel
 class ExponentialMovingAverage(AveragedModel):
     """The average of a model's parameters; buffers are copied.
 
-    After n updates the decay is min(decay, (1 + n) / (10 + n)), as in CompVis's LitEma, so that a
-    short run is not an average with its random initialisation.
+    The n-th update has the decay min(decay, (1 + n) / (10 + n)), n = 1, 2, …, as in CompVis's
+    LitEma, so that a short run is not an average with its random initialisation. The model as it
+    was at the start takes part with the first update's decay, 2/11.
 
     Args:
         model: the model to follow; the average starts as a copy of it, without gradients.
@@ -31,3 +32,5 @@ class ExponentialMovingAverage(AveragedModel):
 
         super().__init__(model, multi_avg_fn=average)
         self.module.eval().requires_grad_(False)
+        # From 0 the first update would be a copy, and the schedule one update late.
+        self.n_averaged.fill_(1)
