@@ -1,10 +1,14 @@
 # Two commands for a fresh machine:  make demo   and   make test
 #
-# Inside an activated virtual or conda environment its Python is used; otherwise .venv is made
-# here, by uv where it is installed and by python3 -m venv where it is not.
+# Inside an activated virtual or conda environment its Python is used, but for conda's base;
+# otherwise .venv is made here, by uv where it is installed and by python3 -m venv where it is not.
 
 PYTHON ?= python3
-VENV := $(or $(VIRTUAL_ENV),$(CONDA_PREFIX),$(CURDIR)/.venv)
+# Only what holds a Python: a conda environment may hold none, and is then nothing to install into.
+with_python = $(if $(wildcard $(1)/bin/python),$(1))
+CONDA := $(if $(filter base,$(CONDA_DEFAULT_ENV)),,$(CONDA_PREFIX))
+# .venv is relative, so that the checkout's path may hold spaces.
+VENV := $(or $(call with_python,$(VIRTUAL_ENV)),$(call with_python,$(CONDA)),.venv)
 PY := $(VENV)/bin/python
 DEMO_DIR ?= outputs/demo
 FONT := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
@@ -37,13 +41,14 @@ test: setup-test emoji-data ## run every check and test
 SANITIZE := -O1 -g1 -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all
 SANITIZED = CXXFLAGS='$(SANITIZE)' OMP_NUM_THREADS=2 \
 	ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=abort_on_error=1:print_stacktrace=1 \
-	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(PY)
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" $(PY_BELOW)
+PY_BELOW = $(PY:.venv/%=../../.venv/%)
 sanitize: setup-test ## C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r benchmarks csrc fastldm tests pyproject.toml setup.py LICENSE README.md build/sanitize
 	rm -f build/sanitize/fastldm/*.so
 	cd build/sanitize && FASTLDM_BUILD=cpp FASTLDM_CXXFLAGS='$(SANITIZE)' \
-		$(PY) setup.py build_ext --inplace
+		$(PY_BELOW) setup.py build_ext --inplace
 	cd build/sanitize && $(SANITIZED) -c 'from fastldm.ops import _extension as e; e.extension()'
 	cd build/sanitize && $(SANITIZED) -m pytest tests/ops -p no:cacheprovider --capture=sys \
 		-k 'cpp or search or device_logic' --deselect tests/ops/vector_quantize/test_memory.py
@@ -65,8 +70,12 @@ format: setup-test ## format the Python and C++ sources
 setup: $(STAMP)-train ## virtual environment, package and extension
 setup-test: $(STAMP)-test
 
+CHECK_VERSION := import sys; sys.exit(sys.version_info < (3, 11))
+
 # torch first: the extension is compiled against the torch that will load it.
 $(STAMP)-train $(STAMP)-test: $(STAMP)-%: $(SOURCES) | $(PY)
+	@$(PY) -c '$(CHECK_VERSION)' || { \
+		echo "fastldm needs Python 3.11 or newer, and $(PY) is older: make an environment with a newer one" >&2; exit 1; }
 	rm -f '$(VENV)'/.fastldm-*
 	$(INSTALL) 'torch>=2.11' 'setuptools>=77' 'pybind11>=2.13' ninja numpy
 	$(INSTALL) --no-build-isolation -e '.[$*]'
@@ -74,8 +83,8 @@ $(STAMP)-train $(STAMP)-test: $(STAMP)-%: $(SOURCES) | $(PY)
 	touch $(STAMP)-train $@
 
 $(PY):
-	@if command -v uv >/dev/null 2>&1; then uv venv --python '>=3.11' '$(VENV)'; \
-	elif ! $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then \
+	@if command -v uv >/dev/null 2>&1; then uv venv --allow-existing --python '>=3.11' '$(VENV)'; \
+	elif ! $(PYTHON) -c '$(CHECK_VERSION)'; then \
 		echo "fastldm needs Python 3.11 or newer as '$(PYTHON)'; name another with: make PYTHON=python3.12 …" >&2; exit 1; \
 	else $(PYTHON) -m venv '$(VENV)' || { rm -rf '$(VENV)'; \
 		echo "no virtual environment could be made; on Debian or Ubuntu first: sudo apt install python3-venv" >&2; exit 1; }; fi
