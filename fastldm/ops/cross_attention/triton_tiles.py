@@ -80,7 +80,7 @@ def load_keys(
 def zeros(ROWS: tl.constexpr, WIDTHS: tl.constexpr):
     tiles = ()
     for i in tl.static_range(len(WIDTHS)):
-        tiles += (tl.zeros((ROWS, WIDTHS[i]), tl.float32),)
+        tiles += (tl.full((ROWS, WIDTHS[i]), 0.0, tl.float32),)
     return tiles
 
 
