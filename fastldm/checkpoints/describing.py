@@ -35,12 +35,16 @@ _WITHOUT_EFFECT = frozenset(
         "latents_mean",
         "latents_std",
         "lookup_from_codebook",
+        "num_used_embeddings",
         "sample_size",
         "scaling_factor",
         "shift_factor",
+        "unknown_index",
         "upcast_attention",
     }
 )
+_USED_FILE = "used.npy"
+"""Which CompVis's class reads before the weights; ours needs no such file."""
 _PER_LEVEL = ("layers_per_block", "only_cross_attention", "transformer_layers_per_block")
 
 
@@ -175,6 +179,8 @@ def first_stage_arguments(model: FirstStage) -> dict[str, Any]:
     arguments: dict[str, Any] = {"embed_dim": params.embed_dim}
     if is_vq:
         arguments["n_embed"] = params.n_embed
+        if config["num_used_embeddings"] is not None:
+            arguments["remap"] = _USED_FILE
     fields = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in vars(coder).items()

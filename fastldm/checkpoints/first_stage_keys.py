@@ -12,7 +12,7 @@ FirstStage = AutoencoderKL | VQModel
 LEFT_OUT = ("quantize.ema_counts", "quantize.ema_sums", "quantize.data_initialized")
 """State of a codebook that learns by moving averages; it has no part in what a model gives."""
 
-_BETWEEN = ("quant_conv", "post_quant_conv", "quantize.embedding")
+_BETWEEN = ("quant_conv", "post_quant_conv", "quantize.embedding", "quantize.used")
 _ENDS = {"conv_in": "conv_in", "conv_norm_out": "norm_out", "conv_out": "conv_out"}
 _RESNET = {
     "norm1": "norm1",

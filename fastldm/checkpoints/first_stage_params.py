@@ -91,6 +91,8 @@ class FirstStageParams:
         embed_dim: channels of the latents.
         n_embed: number of codes.
         has_quant_conv: whether the 1×1 convolutions are there, as in all of CompVis's.
+        is_remapped: whether indices count the codes of ``quantize.used``, which the file brings;
+            the file that the YAML file names for them is not read.
     """
 
     class_name: str
@@ -98,6 +100,7 @@ class FirstStageParams:
     embed_dim: int
     n_embed: int | None = None
     has_quant_conv: bool = True
+    is_remapped: bool = False
 
 
 def parse_first_stage(class_name: str, params: Mapping[str, Any], where: str) -> FirstStageParams:
@@ -112,12 +115,15 @@ def parse_first_stage(class_name: str, params: Mapping[str, Any], where: str) ->
         where,
         _IGNORED_PARAMS,
     )
-    if beside.remap is not None:
-        raise ConfigError(f"{where}.remap: fastldm reads no remapped indices")
     coder = parse_fields(CoderParams, child(params, "ddconfig", where), f"{where}.ddconfig")
     if class_name == "VQModel" and beside.n_embed is None:
         raise ConfigError(f"{where}.n_embed: missing")
-    return FirstStageParams(class_name, coder, beside.embed_dim, beside.n_embed)
+    remapped = beside.remap is not None
+    if remapped and class_name != "VQModel":
+        raise ConfigError(f"{where}.remap: {class_name} has no codebook")
+    return FirstStageParams(
+        class_name, coder, beside.embed_dim, beside.n_embed, is_remapped=remapped
+    )
 
 
 def first_stage_config(params: FirstStageParams) -> dict[str, Any]:
@@ -226,7 +232,8 @@ def _infer(tensors: Mapping[str, Tensor]) -> FirstStageParams:
     )
     if is_vq:
         codes, width = shape("quantize.embedding.weight")
-        return FirstStageParams("VQModel", coder, width, codes)
+        remapped = "quantize.used" in tensors
+        return FirstStageParams("VQModel", coder, width, codes, is_remapped=remapped)
     has_quant_conv = "quant_conv.weight" in tensors
     width = shape("post_quant_conv.weight")[1] if has_quant_conv else coder.z_channels
     return FirstStageParams("AutoencoderKL", coder, width, None, has_quant_conv)

@@ -130,18 +130,21 @@ def to_fastldm(
 
     Raises:
         CheckpointError: a name is missing, or one too many, a shape is another, or a tensor is
-            not floating.
+            not floating, or not whole numbers where ours is.
     """
     wanted = {row.theirs: torch.empty(row.shape, device="meta") for row in rows}
     check_state_dict(tensors, wanted, source)
     result = {}
     for row in rows:
         tensor = tensors[row.theirs]
-        if not tensor.is_floating_point():
-            raise CheckpointError(f"{source}: {row.theirs} is {tensor.dtype}, not floating")
+        floating = expected[row.ours[0]].is_floating_point()
+        if tensor.is_floating_point() != floating:
+            kind = "floating" if floating else "whole numbers"
+            raise CheckpointError(f"{source}: {row.theirs} is {tensor.dtype}, not {kind}")
         for name, part in zip(row.ours, row.split(tensor), strict=True):
             like = expected[name]
-            copy = torch.empty(like.shape, dtype=dtype or like.dtype, device=tensor.device)
+            chosen = dtype if dtype is not None and floating else like.dtype
+            copy = torch.empty(like.shape, dtype=chosen, device=tensor.device)
             result[name] = copy.copy_(part.reshape(like.shape))
     return result
 

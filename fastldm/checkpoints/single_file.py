@@ -37,6 +37,7 @@ from fastldm.models.text_encoder import TextEncoder
 from fastldm.models.unet_2d import UNet2DModel
 from fastldm.models.unet_2d_condition import UNet2DConditionModel
 from fastldm.models.vq_model import VQModel
+from fastldm.modules.codebook_remap import checked_used
 from fastldm.storage import read_json
 
 ConfigSource = str | Path | Mapping[str, Any]
@@ -190,8 +191,13 @@ def first_stage_fields(file: SingleFile, given: Given) -> tuple[str, dict[str, A
         params = infer_first_stage(tensors, file.source)
     else:
         _check_size("first stage", params.coder.size, len(tensors), file.source)
-    factor = scaling_factor(file, given, params.class_name)
-    return params.class_name, {**first_stage_config(params), "scaling_factor": factor}
+    fields = first_stage_config(params)
+    fields["scaling_factor"] = scaling_factor(file, given, params.class_name)
+    if params.is_remapped:
+        if "quantize.used" not in tensors:
+            raise CheckpointError(f"{file.source}: remap: the file has no quantize.used")
+        fields["num_used_embeddings"] = tensors["quantize.used"].numel()
+    return params.class_name, fields
 
 
 def scaling_factor(file: SingleFile, given: Given, class_name: str) -> float:
@@ -299,9 +305,19 @@ def _fill(
     """Put the weights into a model that was built without storage."""
     state = to_fastldm(rows, tensors, model.state_dict(), source, torch_dtype)
     if isinstance(model, VQModel):
+        _check_used(state.get("quantize.used"), model.quantize.num_embeddings, source)
         state |= _state_of_codebook(model, state["quantize.embedding.weight"])
     model.load_state_dict(state, assign=True)
     return model.eval()
+
+
+def _check_used(used: Tensor | None, num_embeddings: int, source: str) -> None:
+    """Codes that the codebook does not have would be read beyond its end."""
+    try:
+        if used is not None:
+            checked_used(used, num_embeddings)
+    except ConfigError as error:
+        raise CheckpointError(f"{source}: quantize.{error}") from None
 
 
 def _state_of_codebook(model: VQModel, codes: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,9 @@ class VQModel(FirstStageModel):
         codebook_initialization: "uniform" in ±1/K, or "data": k-means of the first batch.
         output_activation: None, or "tanh" on the decoded image.
         dropout, attention_type, resample_with_conv: as in `AutoencoderKL`.
+        num_used_embeddings: n; the quantiser's indices are then positions in the n codes of the
+            buffer ``quantize.used``, taming's ``remap``. A new model lists the first n.
+        unknown_index: index of the other codes: "random", "extra" (n) or a number.
 
     Raises:
         ConfigError: an argument has a value that is not listed, or two do not fit each other.
@@ -59,8 +62,10 @@ class VQModel(FirstStageModel):
             "codebook_initialization",
             "dead_code_threshold",
             "dropout",
+            "num_used_embeddings",
             "output_activation",
             "resample_with_conv",
+            "unknown_index",
         }
     )
 
@@ -91,6 +96,8 @@ class VQModel(FirstStageModel):
         dropout: float = 0.0,
         attention_type: str = "default",
         resample_with_conv: bool = True,
+        num_used_embeddings: int | None = None,
+        unknown_index: str | int = "random",
     ) -> None:
         super().__init__()
         if norm_type not in ("group", "spatial"):
@@ -124,6 +131,8 @@ class VQModel(FirstStageModel):
             ema_decay=codebook_ema_decay,
             dead_code_threshold=dead_code_threshold,
             initialization=codebook_initialization,
+            used=_first_codes(num_used_embeddings, num_vq_embeddings),
+            unknown_index=unknown_index,
         )
         self.post_quant_conv = nn.Conv2d(code_channels, latent_channels, 1)
         self.decoder = Decoder(
@@ -200,3 +209,15 @@ class VQModel(FirstStageModel):
         """Reconstruct images, [B, in_channels, H, W]; the output is that of `decode`."""
         latents = self.encode(sample, return_dict=False)[0]
         return self.decode(latents, return_dict=return_dict)
+
+
+def _first_codes(count: int | None, num_embeddings: int) -> Tensor | None:
+    if count is None:
+        return None
+    whole = isinstance(count, int) and not isinstance(count, bool)
+    if not whole or not 1 <= count <= num_embeddings:
+        raise ConfigError(
+            f"num_used_embeddings: expected None or a number from 1 to {num_embeddings}, "
+            f"got {count!r}"
+        )
+    return torch.arange(count)

@@ -7,6 +7,7 @@ code (their appendix A.1).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,13 @@ from torch import Tensor, nn
 
 from fastldm import ops
 from fastldm.errors import ConfigError
+from fastldm.modules.codebook_remap import (
+    UnknownIndex,
+    check_unknown_index,
+    checked_used,
+    remap_to_used,
+    unmap_to_all,
+)
 from fastldm.outputs import BaseOutput
 
 _USAGE_DECAY = 0.99
@@ -28,7 +36,8 @@ class VectorQuantizerOutput(BaseOutput):
 
     Attributes:
         z_q: the chosen codes, shape and dtype of z, with z's gradient (straight-through).
-        indices: int64, shape of z without its channels.
+        indices: int64, shape of z without its channels; positions in `used` where the codebook is
+            remapped.
         codebook_loss: mean((sg[z] − e)²), moves the codes.
         commitment_loss: mean((z − sg[e])²), moves the latents; unweighted.
         perplexity: exp of the entropy of the codes chosen in this batch, 1…K.
@@ -56,6 +65,12 @@ class VectorQuantizer(nn.Module):
         dead_code_threshold: a code whose moving average of uses a batch falls below it is
             replaced by a random latent of the batch; None: never.
         initialization: "uniform" in ±1/K, or "data": k-means of the first training batch.
+        used: the codes that indices count, [n], taming's ``remap`` (the content of its file): index
+            i then stands for the code ``used[i]``. The lookup still has all K codes.
+        unknown_index: index of the other codes: "random", "extra" (n) or a number.
+
+    Attributes:
+        num_indices: how many values indices have: K, or n, or n + 1 with "extra".
 
     Raises:
         ConfigError: an argument is out of range.
@@ -64,6 +79,7 @@ class VectorQuantizer(nn.Module):
     ema_counts: Tensor
     ema_sums: Tensor
     data_initialized: Tensor
+    used: Tensor | None
 
     def __init__(
         self,
@@ -73,6 +89,8 @@ class VectorQuantizer(nn.Module):
         ema_decay: float | None = None,
         dead_code_threshold: float | None = None,
         initialization: str = "uniform",
+        used: Tensor | Sequence[int] | None = None,
+        unknown_index: UnknownIndex = "random",
     ) -> None:
         super().__init__()
         if num_embeddings < 1 or embedding_dim < 1:
@@ -106,6 +124,17 @@ class VectorQuantizer(nn.Module):
             self.register_buffer("ema_counts", torch.ones(num_embeddings))
         if initialization == "data":
             self.register_buffer("data_initialized", torch.zeros((), dtype=torch.bool))
+        check_unknown_index(unknown_index)
+        self.unknown_index = unknown_index
+        codes = None if used is None else checked_used(used, num_embeddings)
+        self.register_buffer("used", codes)
+
+    @property
+    def num_indices(self) -> int:
+        """How many values indices have."""
+        if self.used is None:
+            return self.num_embeddings
+        return len(self.used) + (self.unknown_index == "extra")
 
     def forward(self, z: Tensor) -> VectorQuantizerOutput:
         """Quantise z, [B, D, *spatial]; computed in float32 also under autocast."""
@@ -131,7 +160,7 @@ class VectorQuantizer(nn.Module):
             perplexity, usage = _statistics(counts, latents.dtype)
             return VectorQuantizerOutput(
                 found.z_q.to(z.dtype),
-                found.indices,
+                self.remap_to_used(found.indices),
                 found.codebook_loss,
                 found.commitment_loss,
                 perplexity,
@@ -142,10 +171,20 @@ class VectorQuantizer(nn.Module):
         self, indices: Tensor, shape: tuple[int, int, int, int] | None = None
     ) -> Tensor:
         """Codes of `indices`: [..., D], or [B, D, H, W] where `shape` is (B, H, W, D)."""
-        codes = self.embedding(indices)
+        codes = self.embedding(self.unmap_to_all(indices))
         if shape is None:
             return codes
         return codes.view(shape).permute(0, 3, 1, 2).contiguous()
+
+    def remap_to_used(self, indices: Tensor) -> Tensor:
+        """Positions of codes among those used, or the codes where none are listed."""
+        if self.used is None:
+            return indices
+        return remap_to_used(indices, self.used, self.unknown_index)
+
+    def unmap_to_all(self, indices: Tensor) -> Tensor:
+        """Codes of positions among those used: the way back."""
+        return indices if self.used is None else unmap_to_all(indices, self.used)
 
     @torch.no_grad()
     def _update(self, rows: Tensor, counts: Tensor, sums: Tensor) -> None:

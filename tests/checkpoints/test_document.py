@@ -68,7 +68,8 @@ def test_classes() -> None:
         (
             "Arguments of a first stage",
             {field.name for field in fields(CoderParams)} | {"embed_dim", "n_embed", "remap"},
-            arguments(AutoencoderKL, VQModel) | {"AutoencoderKL", "VQModel", "false"},
+            arguments(AutoencoderKL, VQModel)
+            | {"AutoencoderKL", "VQModel", "false", "quantize.used"},
         ),
         (
             "Arguments of `LatentDiffusion`",

@@ -173,7 +173,7 @@ UNET = {
         (kl(ch_mult=[2, 2]), "ch_mult: .* 1 for the first level"),
         (kl(ch_mult=[1, -1]), "ch_mult: expected positive"),
         (kl(depth=3), "ddconfig: fastldm does not know 'depth'"),
-        (kl() | {"remap": "used.npy"}, "remap"),
+        (kl() | {"remap": "used.npy"}, "remap: AutoencoderKL has no codebook"),
         (kl() | {"colour": 1}, "does not know 'colour'"),
         (kl() | {"embed_dim": "4"}, "embed_dim: expected an integer, got '4'"),
         ({"ddconfig": CODER}, "embed_dim: missing"),
@@ -215,6 +215,26 @@ def test_moving_averages_of_the_codebook_start_from_the_codes() -> None:
     assert torch.equal(model.quantize.ema_sums, model.quantize.embedding.weight)
     assert torch.equal(model.quantize.ema_counts, torch.ones(16))
     assert compvis_state_dict(model).keys() == weights.keys()
+
+
+def test_a_remapped_codebook_goes_through_whole() -> None:
+    weights = make(MODELS["vq"])[0] | {"quantize.used": torch.tensor([9, 2, 15])}
+    for config in (None, yaml_of(vq() | {"remap": "used.npy"})):
+        model = VQModel.from_single_file(weights, config=config, torch_dtype=torch.float16)
+        assert model.config["num_used_embeddings"] == 3
+        assert model.quantize.num_indices == 3
+        assert model.quantize.used.tolist() == [9, 2, 15]
+        assert torch.equal(compvis_state_dict(model)["quantize.used"], weights["quantize.used"])
+    with pytest.raises(CheckpointError, match=r"remap: the file has no quantize\.used"):
+        plain = make(MODELS["vq"])[0]
+        VQModel.from_single_file(plain, config=yaml_of(vq() | {"remap": "used.npy"}))
+    for bad, message in (
+        (torch.tensor([9, 16]), r"quantize\.used: .* from 0 to 15, got 9 to 16"),
+        (torch.tensor([[9]]), "quantize.used"),
+        (torch.tensor([9.0]), "torch.float32, not whole numbers"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            VQModel.from_single_file(weights | {"quantize.used": bad})
 
 
 def test_a_first_stage_that_the_layout_cannot_hold_is_refused() -> None:
