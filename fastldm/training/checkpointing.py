@@ -74,8 +74,6 @@ def find_checkpoint(output_dir: str | Path, resume: str, *, overwrite: bool = Fa
                 f"output_dir: {output_dir} holds {existing[-1].name} of an earlier run; go on with "
                 "resume: latest, choose another folder, or set overwrite: true"
             )
-        for checkpoint in existing:
-            remove_directory(checkpoint)
         return None
     if not Path(resume, _MANIFEST).is_file():
         raise CheckpointError(
@@ -224,7 +222,7 @@ def write_error_reason(error: BaseException) -> str:
 
 def prune_checkpoints(output_dir: str | Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints."""
-    for checkpoint in list_checkpoints(output_dir)[:-keep]:
+    for checkpoint in list_checkpoints(output_dir)[: -keep or None]:
         remove_directory(checkpoint)
 
 

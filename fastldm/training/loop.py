@@ -108,6 +108,9 @@ class _Run:
     def run(self, checkpoint: Path | None) -> Path:
         if checkpoint is not None:
             self._resume(checkpoint)
+        elif self.environment.is_main:
+            # A run to be overwritten: not before data and models have been found to serve.
+            prune_checkpoints(self.output_dir, keep=0)
         metrics = None
         if self.environment.is_main:
             with _write_errors("the logs"):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastldm.errors import CheckpointError, ConfigError, NonFiniteLossError
+from fastldm.errors import CheckpointError, ConfigError, DataError, NonFiniteLossError
 from fastldm.losses import FirstStageLossConfig
 from fastldm.models import AutoencoderKL, VQModel
 from fastldm.storage import load_weights
@@ -223,6 +223,10 @@ def test_a_new_run_does_not_mix_with_an_old_one(autoencoder_config: Make) -> Non
     train_autoencoder(config)
     with pytest.raises(ConfigError, match=r"checkpoint-3.*resume: latest"):
         train_autoencoder(config)
+    wrong = replace(config.data, source="/nowhere/at/all")
+    with pytest.raises(DataError, match="no such folder"):
+        train_autoencoder(replace(config, overwrite=True, data=wrong))
+    assert [path.name for path in list_checkpoints(config.output_dir)] == ["checkpoint-3"]
     train_autoencoder(replace(config, overwrite=True, max_steps=1))
     assert [path.name for path in list_checkpoints(config.output_dir)] == ["checkpoint-1"]
 

@@ -83,6 +83,8 @@ def test_resume_values(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="overwrite"):
         find_checkpoint(tmp_path, "none")
     assert find_checkpoint(tmp_path, "none", overwrite=True) is None
+    assert list_checkpoints(tmp_path) == [path]
+    prune_checkpoints(tmp_path, 0)
     assert list_checkpoints(tmp_path) == []
 
 
