@@ -1,7 +1,8 @@
 """Whether a kernel may be called past torch's dispatcher, which costs more than a small one takes.
 
-The dispatcher is there for those who listen: autograd, tracers, fake tensors, function transforms,
-modes and subclasses. Where none of them does, a call of the kernel itself has the same result.
+The dispatcher is there for those who listen: autograd, tracers, profilers, fake tensors, function
+transforms, modes and subclasses. Where none of them does, a call of the kernel itself has the same
+result.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+from torch.autograd import forward_ad, profiler
 
 from fastldm.ops import _schema
 
@@ -26,7 +27,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def may_call_kernel(*operands: Tensor | None) -> bool:
     """Whether nothing listens to operations on these tensors; never while a graph is traced."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or profiler._is_profiler_enabled:
         return False
     if torch._C._dispatch_tls_local_include_set().raw_repr() not in _QUIET:
         return False
@@ -36,7 +37,7 @@ def may_call_kernel(*operands: Tensor | None) -> bool:
     for value in operands:
         if value is None:
             continue
-        if type(value) not in _PLAIN or (records and value.requires_grad):
+        if type(value) not in _PLAIN or value.is_meta or (records and value.requires_grad):
             return False
     return True
 

@@ -57,7 +57,8 @@ def backend(name: str) -> Iterator[None]:
     Args:
         name: ``"auto"`` (the fastest that can serve each call), ``"triton"``, ``"cpp"`` or
             ``"reference"``. One asked for by name serves every call or raises
-            `BackendUnavailableError`.
+            `BackendUnavailableError`; on the meta device, where nothing is computed, it serves
+            every call.
 
     Raises:
         ConfigError: there is no backend of this name.
@@ -109,6 +110,8 @@ def choose(op_name: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
             if reason is None:
                 return name
             _report_once(op_name, name, reason)
+    elif x.is_meta:
+        return requested  # its fake kernel, which serves what is counted and not computed
     reason = why_not(op_name, requested, x, *args, **kwargs)
     if reason is not None:
         raise BackendUnavailableError(

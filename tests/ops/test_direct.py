@@ -45,8 +45,19 @@ def test_nobody_listens_to_plain_tensors() -> None:
     assert may_call_kernel(x)
 
 
+def test_a_profiler_listens() -> None:
+    x = torch.randn(2, 4, 3, 3)
+    with torch.profiler.profile() as profile:
+        assert not may_call_kernel(x)
+        ops.group_norm_silu(x, 2)
+    assert may_call_kernel(x)
+    names = {event.name for event in profile.events()}
+    assert names & {"fastldm::group_norm_silu_fwd", "aten::native_group_norm"}
+
+
 def test_modes_and_subclasses_listen() -> None:
     x = torch.ones(2)
+    assert not may_call_kernel(x.to("meta"))
     assert not may_call_kernel(x, x.as_subclass(_Subclass))
     with FakeTensorMode():
         assert not may_call_kernel(torch.ones(2))

@@ -110,6 +110,17 @@ def test_triton_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "TRITON_INTERPRET is set" in str(_triton.problem())
 
 
+@pytest.mark.parametrize("name", ["triton", "cpp"])
+def test_on_meta_a_backend_asked_for_by_name_is_traced(name: str) -> None:
+    x = torch.empty(2, 4, 3, 3, device="meta")
+    q = torch.empty(2, 6, 1, 8, device="meta")
+    with ops.backend(name):
+        assert ops.group_norm_silu(x, 2).shape == x.shape
+        assert ops.cross_attention(q, q, q).shape == q.shape
+    with ops.backend("auto"):
+        assert ops.group_norm_silu(x, 2).shape == x.shape
+
+
 def test_reasons_name_device_and_dtype() -> None:
     meta = torch.zeros(2, 3, device="meta")
     reason = _dispatch.why_not("vector_quantize", "cpp", meta, meta)

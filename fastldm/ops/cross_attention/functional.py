@@ -41,7 +41,7 @@ def cross_attention(
         ConfigError: an argument has a shape, dtype or device that is not accepted.
         BackendUnavailableError: the backend asked for by name cannot serve this call.
     """
-    if torch.is_autocast_enabled(q.device.type):
+    if not q.is_meta and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (t if t.dtype == torch.float64 else t.to(dtype) for t in (q, k, v))
     _check(q, k, v, key_mask)
