@@ -18,6 +18,7 @@ from torch import Tensor
 from fastldm.configuration import ConfigMixin
 from fastldm.errors import CheckpointError, ConfigError
 from fastldm.outputs import BaseOutput
+from fastldm.schedulers.timesteps import TIMESTEP_SPACINGS
 from fastldm.storage import write_json
 
 _logger = logging.getLogger(__name__)
@@ -65,6 +66,12 @@ The last three are of flow matching, which no scheduler here has.
 _EXTENSIONS: dict[str, Any] = {"schedule_dtype": "float32"}
 """Fields that diffusers does not know, with the value at which both do the same."""
 
+_NEAREST_SPACINGS = {"uniform": "leading"}
+"""CompVis's spacing, and the one of diffusers that visits the same time steps if S divides T."""
+
+_OWN_FIELDS = "_fastldm"
+"""Where a file keeps what diffusers cannot read; names with an underscore are not read there."""
+
 
 @dataclass
 class SchedulerOutput(BaseOutput):
@@ -97,6 +104,7 @@ class SchedulerMixin(ConfigMixin):
     """What a scheduler also is in a program that uses diffusers."""
     order = 1
     """Model evaluations a step."""
+    timestep_spacings: ClassVar[tuple[str, ...]] = TIMESTEP_SPACINGS
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
@@ -116,10 +124,14 @@ class SchedulerMixin(ConfigMixin):
         """
         defaulted = config.get("_use_default_values", ())
         values = {name: value for name, value in config.items() if name not in defaulted}
+        values.update(_own_fields(config))
+        own = inspect.signature(cls.__init__).parameters
+        spacing = values.get("timestep_spacing")
+        if "timestep_spacing" in own and spacing not in cls.timestep_spacings:
+            values.update(_nearest_spacing(cls.__name__, spacing))
         values.update(overrides)
         if values.get("predict_epsilon") is False:
             values.setdefault("prediction_type", "sample")
-        own = inspect.signature(cls.__init__).parameters
         return super().from_config(_without_foreign_fields(cls.__name__, values, own))
 
     @property
@@ -187,14 +199,22 @@ class SchedulerMixin(ConfigMixin):
     def save_config(self, folder: str | Path) -> None:
         """Write ``scheduler_config.json`` into `folder`, which is made if it is missing.
 
-        Fields that diffusers does not know are written only where they matter, so that it reads
-        the file without a warning.
+        What diffusers does not know is written where it does not look, so that it reads the file
+        without a warning. In place of CompVis's spacing "uniform" it reads "leading", which visits
+        the same time steps where S divides T.
         """
-        fields = {
-            name: value
-            for name, value in self.config.items()
-            if name not in _EXTENSIONS or value != _EXTENSIONS[name]
+        fields = {name: value for name, value in self.config.items() if name not in _EXTENSIONS}
+        own = {
+            name: self.config[name]
+            for name, neutral in _EXTENSIONS.items()
+            if self.config.get(name, neutral) != neutral
         }
+        spacing = fields.get("timestep_spacing")
+        if spacing in _NEAREST_SPACINGS:
+            own["timestep_spacing"] = spacing
+            fields["timestep_spacing"] = _NEAREST_SPACINGS[spacing]
+        if own:
+            fields[_OWN_FIELDS] = own
         write_json(Path(folder, self.config_name), {"_class_name": type(self).__name__, **fields})
 
     def save_pretrained(self, save_directory: str | Path) -> None:
@@ -204,6 +224,25 @@ class SchedulerMixin(ConfigMixin):
             OSError: the folder cannot be written; a config that was in it is unchanged.
         """
         self.save_config(save_directory)
+
+
+def _own_fields(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What `save_config` has put aside for us."""
+    own = config.get(_OWN_FIELDS, {})
+    if not isinstance(own, Mapping) or set(own) - {*_EXTENSIONS, "timestep_spacing"}:
+        raise ConfigError(
+            f"{_OWN_FIELDS}: expected {', '.join(_EXTENSIONS)}, timestep_spacing, got {own!r:.80}"
+        )
+    return own
+
+
+def _nearest_spacing(scheduler: str, spacing: Any) -> dict[str, str]:
+    """The spacing that stands for another sampler's, which `scheduler` has not."""
+    if not isinstance(spacing, str) or spacing not in _NEAREST_SPACINGS:
+        return {}
+    nearest = _NEAREST_SPACINGS[spacing]
+    _logger.warning("%s has no timestep_spacing %r; %r is taken", scheduler, spacing, nearest)
+    return {"timestep_spacing": nearest}
 
 
 def _without_foreign_fields(

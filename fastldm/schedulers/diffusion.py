@@ -46,7 +46,7 @@ class DiffusionScheduler(NoiseScheduler, ABC):
     @alphas_cumprod.setter
     def alphas_cumprod(self, value: Tensor) -> None:
         self._alphas_cumprod = value
-        self._tables: dict[Any, Tensor] = {}
+        self._tables = {}
 
     @property
     def timesteps(self) -> Tensor:
@@ -82,31 +82,6 @@ class DiffusionScheduler(NoiseScheduler, ABC):
         signal, deviation = self._forward_scalars(timesteps, original_samples)
         noisy = signal * original_samples + deviation * noise
         return noisy.to(torch.promote_types(original_samples.dtype, noise.dtype))
-
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The target of v prediction, v = √ᾱ_t·noise − √(1−ᾱ_t)·x₀ (2202.00512, appendix D).
-
-        Args:
-            sample: x₀, [B, …].
-            noise: the noise of `add_noise`, shape of `sample`.
-            timesteps: integers in [0, T), [B] or [].
-
-        Returns:
-            v, [B, …]; half precisions are rounded once, at the end.
-        """
-        signal, deviation = self._forward_scalars(timesteps, sample)
-        velocity = signal * noise - deviation * sample
-        return velocity.to(torch.promote_types(sample.dtype, noise.dtype))
-
-    def _forward_scalars(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1−ᾱ_t), broadcastable against `like`, in float32 or float64."""
-        dtype = compute_dtype(like)
-        key = ("alphas_cumprod", like.device, dtype)
-        if key not in self._tables:
-            self._tables[key] = self.alphas_cumprod.to(like.device, dtype)
-        alpha = self._tables[key][timesteps.to(like.device).flatten()]
-        alpha = alpha.reshape(-1, *(1,) * (like.ndim - 1))
-        return alpha.sqrt(), (1 - alpha).sqrt()
 
     def previous_timestep(self, timestep: int) -> int:
         """The time step that a step from `timestep` leads to; negative for x₀.

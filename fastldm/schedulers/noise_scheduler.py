@@ -17,7 +17,6 @@ from fastldm.ops import (
 from fastldm.schedulers.base import SchedulerMixin
 from fastldm.schedulers.betas import make_betas, rescale_zero_terminal_snr
 from fastldm.schedulers.checks import HUGE, TINY, check_choice, check_integer, check_number
-from fastldm.schedulers.timesteps import TIMESTEP_SPACINGS
 
 _SCHEDULE_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -32,9 +31,10 @@ class NoiseScheduler(SchedulerMixin):
     """
 
     prediction_types: ClassVar[tuple[str, ...]] = PREDICTION_TYPES
-    timestep_spacings: ClassVar[tuple[str, ...]] = TIMESTEP_SPACINGS
     alphas_cumprod: Tensor
     timesteps: Tensor
+    _tables: dict[Any, Tensor]
+    """What is kept on the device of the samples until the time steps change."""
 
     def _set_schedule(self) -> None:
         """Take over the config's noise schedule, and check it."""
@@ -84,6 +84,32 @@ class NoiseScheduler(SchedulerMixin):
     def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
         """The model's input at a time step: `sample` itself, unless a scheduler says otherwise."""
         return sample
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The target of v prediction, v = √ᾱ_t·noise − √(1−ᾱ_t)·x₀ (2202.00512, appendix D).
+
+        Args:
+            sample: x₀, [B, …].
+            noise: standard normal, shape of `sample`.
+            timesteps: training time steps in [0, T), [B] or []. (diffusers' Euler scheduler takes
+                ᾱ at their positions in its own descending list instead, so of T − 1 − t.)
+
+        Returns:
+            v, [B, …]; half precisions are rounded once, at the end.
+        """
+        signal, deviation = self._forward_scalars(timesteps, sample)
+        velocity = signal * noise - deviation * sample
+        return velocity.to(torch.promote_types(sample.dtype, noise.dtype))
+
+    def _forward_scalars(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1−ᾱ_t), broadcastable against `like`, in float32 or float64."""
+        dtype = compute_dtype(like)
+        key = ("alphas_cumprod", like.device, dtype)
+        if key not in self._tables:
+            self._tables[key] = self.alphas_cumprod.to(like.device, dtype)
+        alpha = self._tables[key][timesteps.to(like.device, torch.int64).flatten()]
+        alpha = alpha.reshape(-1, *(1,) * (like.ndim - 1))
+        return alpha.sqrt(), (1 - alpha).sqrt()
 
     def _limits(
         self,

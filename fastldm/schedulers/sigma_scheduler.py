@@ -176,7 +176,7 @@ class SigmaScheduler(NoiseScheduler, ABC):
         self.sigmas = torch.from_numpy(every).to(self.schedule_dtype)
         cast = np.ascontiguousarray(self._cast_timesteps(timesteps))
         self.timesteps = torch.from_numpy(cast).to(device)
-        self._tables: dict[Any, Tensor] = {}
+        self._tables = {}
         self._step_index: int | None = None
         self._begin_index = None
         self._first_index = 0

@@ -17,7 +17,19 @@ FIRST_STAGES = ("AutoencoderKL", "VQModel")
 DISCRIMINATORS = ("PatchDiscriminator",)
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 CONDITIONERS = ("TextEncoder", "ClassEmbedder")
-SCHEDULERS = ("DDPMScheduler", "DDIMScheduler")
+SCHEDULERS = (
+    "DDPMScheduler",
+    "DDIMScheduler",
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+    "LCMScheduler",
+)
 
 _HOME = {
     **dict.fromkeys((*FIRST_STAGES, *DISCRIMINATORS, *UNETS, *CONDITIONERS), "fastldm.models"),

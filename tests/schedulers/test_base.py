@@ -81,6 +81,63 @@ def test_own_file_gives_the_same_scheduler(cls, tmp_path):
     assert loaded.alphas_cumprod.dtype == torch.float64
 
 
+COMPVIS = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0015,
+    "beta_end": 0.0195,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "uniform",
+    "schedule_dtype": "float64",
+}
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler"])
+def test_diffusers_reads_a_compvis_sampler(name, tmp_path, caplog):
+    """Without a warning, and with the same time steps where their number divides T."""
+    options = {"skip_prk_steps": True} if name == "PNDMScheduler" else {"clip_sample": False}
+    saved = getattr(schedulers, name)(**COMPVIS, **options)
+    saved.save_pretrained(tmp_path)
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    try:
+        theirs = getattr(diffusers, name).from_pretrained(tmp_path)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    loaded = type(saved).from_pretrained(tmp_path)
+    assert loaded.config == saved.config
+    for steps in (2, 4, 10, 50, 200, 250, 500):
+        for scheduler in (saved, loaded, theirs):
+            scheduler.set_timesteps(steps)
+        assert loaded.timesteps.tolist() == saved.timesteps.tolist()
+        assert saved.timesteps.tolist() == theirs.timesteps.tolist()
+    loaded.set_timesteps(400)
+    assert len(loaded.timesteps) == 500 + (name == "PNDMScheduler")
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_scheduler_takes_over_a_compvis_sampler(name, tmp_path, caplog):
+    kind, saved = getattr(schedulers, name), DDIMScheduler(**COMPVIS)
+    saved.save_pretrained(tmp_path)
+    has_spacing = "timestep_spacing" in kind().config
+    lacks_it = has_spacing and "uniform" not in kind.timestep_spacings
+    for loaded in (kind.from_config(saved.config), kind.from_pretrained(tmp_path)):
+        assert loaded.schedule_dtype == torch.float64
+        if has_spacing:
+            assert loaded.config.timestep_spacing == ("leading" if lacks_it else "uniform")
+        assert ("timestep_spacing 'uniform'" in caplog.text) == lacks_it
+    if lacks_it:
+        with pytest.raises(ConfigError, match="timestep_spacing: got 'uniform'"):
+            kind.from_config(saved.config, timestep_spacing="uniform")
+
+
+def test_a_damaged_own_entry_is_named():
+    for entry in ("uniform", {"colour": 1}):
+        with pytest.raises(ConfigError, match="_fastldm: expected"):
+            DDIMScheduler.from_config({"_fastldm": entry})
+
+
 def test_saving_keeps_other_files(tmp_path):
     (tmp_path / "notes.txt").write_text("kept")
     DDIMScheduler().save_pretrained(tmp_path)

@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from fastldm.errors import CheckpointError, ConfigError
+from fastldm.losses import DiffusionLoss, DiffusionLossConfig
 from fastldm.models import AutoencoderKL, VQModel
+from fastldm.schedulers import SchedulerMixin
 from fastldm.training import ModelConfig
 from fastldm.training.registry import (
     CONDITIONERS,
@@ -26,6 +29,21 @@ def test_every_name_is_a_class() -> None:
     for names in (FIRST_STAGES, DISCRIMINATORS, UNETS, CONDITIONERS, SCHEDULERS):
         for name in names:
             assert resolve_class(name, names, "part").__name__ == name
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_model_is_trained_on_every_scheduler(name: str) -> None:
+    """They are all that the library has; the loss needs ᾱ and the prediction type."""
+    assert set(SCHEDULERS) == set(SchedulerMixin._compatibles)
+    config = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    scheduler = build(ModelConfig(name, config), SCHEDULERS, "scheduler")
+    loss = DiffusionLoss(
+        DiffusionLossConfig(), scheduler.alphas_cumprod, scheduler.config.prediction_type
+    )
+    x0, noise = torch.randn(2, 2, 3, 4, 4, dtype=torch.float64)
+    timesteps = torch.tensor([3, 900])
+    expected = scheduler.get_velocity(x0, noise, timesteps)
+    torch.testing.assert_close(loss.target(x0, noise, timesteps), expected)
 
 
 @pytest.mark.parametrize("name", ["os.system", "torch.nn.Linear", "UNet2DModel", ""])
