@@ -21,6 +21,7 @@ COMMANDS = {
     "sample": "draw images from a trained model",
     "reconstruct": "encode and decode images with a first stage",
     "evaluate": "measure PSNR, SSIM, LPIPS, rFID, codebook usage or FID",
+    "study": "train under one budget at each f, and draw quality against cost",
     "env": "show versions, devices and which backend serves each operator",
 }
 _USAGE_ERROR = 2

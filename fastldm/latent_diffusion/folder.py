@@ -38,6 +38,7 @@ _HOMES = {
     "EulerAncestralDiscreteScheduler": "fastldm.schedulers",
     "EulerDiscreteScheduler": "fastldm.schedulers",
     "HeunDiscreteScheduler": "fastldm.schedulers",
+    "IdentityFirstStage": "fastldm.models",
     "LCMScheduler": "fastldm.schedulers",
     "LMSDiscreteScheduler": "fastldm.schedulers",
     "PNDMScheduler": "fastldm.schedulers",
@@ -48,7 +49,9 @@ _HOMES = {
     "UniPCMultistepScheduler": "fastldm.schedulers",
     "VQModel": "fastldm.models",
 }
-_FASTLDM_ONLY = ("CaptionTokenizer", "ClassEmbedder", "SpatialRescaler", "TextEncoder")
+_FASTLDM_ONLY = (
+    "CaptionTokenizer", "ClassEmbedder", "IdentityFirstStage", "SpatialRescaler", "TextEncoder",
+)  # fmt: skip
 _FOREIGN_BASES = {
     "transformers": ("PreTrainedModel", "PreTrainedTokenizerBase"),
     "diffusers": ("ModelMixin", "SchedulerMixin"),

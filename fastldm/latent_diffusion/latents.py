@@ -132,5 +132,6 @@ class LatentSpace(nn.Module):
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """Dtype of a module's first parameter."""
-    return next(module.parameters()).dtype
+    """Dtype of a module's first parameter, torch's default where it has none."""
+    parameter = next(module.parameters(), None)
+    return torch.get_default_dtype() if parameter is None else parameter.dtype

@@ -20,7 +20,8 @@ def latent_channels_of(first_stage: Any) -> int:
 
 def downsampling_factor_of(first_stage: Any) -> int:
     """f: the factor between the sizes of images and latents."""
-    return int(2 ** (len(first_stage.config["block_out_channels"]) - 1))
+    levels = first_stage.config.get("block_out_channels") or [None]
+    return int(2 ** (len(levels) - 1))
 
 
 def check_parts(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError, ConfigError, DataError
-from fastldm.losses.pretrained import cached_download
+from fastldm.losses.pretrained import cached_download, is_cached
 from fastldm.storage import load_weights
 
 _BACKBONE_URLS = {
@@ -66,6 +66,11 @@ class LPIPS(nn.Module):
         self.channels = None if channels is None else list(channels)
         # A tuple, because a module set as an attribute would enter parameters() and state_dict().
         self._frozen = (_build_network(net, weights),)
+
+    @staticmethod
+    def is_available(net: str) -> bool:
+        """Whether torch.hub's cache holds the weights of a backbone, so that none is downloaded."""
+        return is_cached(_BACKBONE_URLS[net])
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Distances [B] between images x and y [B, C, H, W] with values in [−1, 1].

@@ -28,8 +28,8 @@ def cached_download(url: str, *, purpose: str, remedy: str) -> Path:
     Raises:
         ConfigError: the file is not in the cache and cannot be downloaded.
     """
-    name = Path(urlparse(url).path).name
-    path = Path(torch.hub.get_dir(), "checkpoints", name)
+    path = _cached_path(url)
+    name = path.name
     if path.is_file():
         return path
     digest = re.search(r"-([0-9a-f]{8,})\.", name)
@@ -45,6 +45,15 @@ def cached_download(url: str, *, purpose: str, remedy: str) -> Path:
             f"{url} ({error}); {remedy}"
         ) from None
     return path
+
+
+def is_cached(url: str) -> bool:
+    """Whether the file at `url` is in torch.hub's cache."""
+    return _cached_path(url).is_file()
+
+
+def _cached_path(url: str) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
 
 
 @contextmanager

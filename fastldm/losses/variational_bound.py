@@ -1,10 +1,10 @@
-"""The variational bound of a diffusion model in bits/dim, term by term, and its rate and distortion.
+"""The variational bound of a diffusion model in bits/dim, term by term, with rate and distortion.
 
-−log p(x₀) ≤ L_T + Σ_t L_{t−1} + L_0 (Ho et al., 2006.11239, eq. 5; Nichol and Dhariwal, 2102.09672,
-eq. 4–7): the prior's KL, a KL between Gaussians for each step, and the decoder's likelihood. Sent from
-T downwards the terms are the rate of a progressive code, and the error of the x₀ predicted at each
-step is its distortion (2006.11239, section 4.3). Time steps count from 0, as everywhere in this
-library: x_{T−1} is the noisiest, and step 0 leads from x_0's first noising to x_0 itself.
+−log p(x₀) ≤ L_T + Σ_t L_{t−1} + L_0 (Ho et al., 2006.11239, eq. 5; Nichol and Dhariwal,
+2102.09672, eq. 4–7): the prior's KL, a KL between Gaussians for each step, and the decoder's
+likelihood. Sent from T downwards the terms are the rate of a progressive code, and the error of the
+x₀ predicted at each step is its distortion (2006.11239, section 4.3). Time steps count from 0, as
+everywhere in this library: T − 1 is the noisiest, and step 0 leads from the least noise to x₀.
 """
 
 from __future__ import annotations
@@ -79,9 +79,9 @@ class VariationalBound:
         likelihood: L_0. ``"discretized"``: x₀ holds one of the 256 levels of [−1, 1] in each
             dimension, and the decoder's Gaussian is integrated over the level, the outermost ones
             to infinity (2006.11239, eq. 13). ``"gaussian"``: x₀ is continuous, as latents are, and
-            L_0 is minus the logarithm of the Gaussian's density. Such a bound changes with the scale
-            of x₀, may be negative, and does not compare with that of pixels; differences of it on
-            the same latents do.
+            L_0 is minus the logarithm of the Gaussian's density. Such a bound changes with the
+            scale of x₀, may be negative, and does not compare with that of pixels; differences of
+            it on the same latents do.
         variance: of the reverse steps: ``"fixed_small"`` β̃_t, ``"fixed_large"`` β_t
             (2006.11239, section 3.2). Step 0, where β̃ is 0, has β̃ of step 1.
         clip_sample: clamp the predicted x₀ to [−1, 1], as is usual for pixels.
@@ -208,9 +208,9 @@ class VariationalBound:
         Args:
             predict: the model, from x_t and time steps to its output; called once a group.
             x0: [B, …].
-            num_groups: None takes every step. Else the steps above 0 are parted into so many groups
-                of neighbours, which grow with t², and each sample draws one step a group, whose term
-                times the group's size estimates the group's sum without bias.
+            num_groups: None takes every step. Else the steps above 0 are parted into so many
+                groups of neighbours, which grow with t², and each sample draws one step a group,
+                whose term times the group's size estimates the group's sum without bias.
             generator: draws noise and steps, on its own device.
             squared_error: from the predicted x₀ to its mean squared error [B]; by default that to
                 `x0`. For latents: of the decoded images.
@@ -224,9 +224,9 @@ class VariationalBound:
         prior = known
         for low, high in self._groups(num_groups):
             device = x0.device if generator is None else generator.device
-            timesteps = torch.randint(
-                low, high, (len(x0),), generator=generator, device=device
-            ).to(x0.device)
+            timesteps = torch.randint(low, high, (len(x0),), generator=generator, device=device).to(
+                x0.device
+            )
             noise = torch.randn(x0.shape, generator=generator, device=device, dtype=torch.float64)
             alpha = _at(self._alpha, timesteps, x0)
             x_t = (alpha.sqrt() * x0.double() + (1 - alpha).sqrt() * noise.to(x0.device)).to(x0)
@@ -236,7 +236,9 @@ class VariationalBound:
                 error = (x0.double() - x0_hat).square().flatten(1).mean(1)
             else:
                 error = squared_error(x0_hat.to(x0)).double()
-            rows.append((timesteps, term * (high - low), known + term * (high - 1 - timesteps), error))
+            rows.append(
+                (timesteps, term * (high - low), known + term * (high - 1 - timesteps), error)
+            )
             known = known + term * (high - low)
         return BoundTerms(prior, *(torch.stack(column) for column in zip(*rows, strict=True)))
 
@@ -251,8 +253,7 @@ class VariationalBound:
             # At least one step a group, and enough left for those that follow.
             wanted = 1 + round(above_zero * (number / count) ** 2)
             edges.append(max(edges[-1] + 1, min(wanted, above_zero + 1 - (count - number))))
-        for low, high in zip(edges[-2::-1], edges[:0:-1], strict=True):
-            yield low, high
+        yield from zip(edges[-2::-1], edges[:0:-1], strict=True)
         yield 0, 1
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastldm.errors import CheckpointError, ConfigError, DataError
 from fastldm.losses.pretrained import cached_download
+from fastldm.metrics.frechet import RunningGaussian
 from fastldm.storage import load_weights
 
 INCEPTION_URL = (
@@ -52,8 +52,8 @@ class FrechetInceptionDistance:
             raise ConfigError(f"features: expected one of {_FEATURES}, got {features!r}")
         self.device = torch.device(device)
         self._extractor = _build_inception(weights, features).to(self.device)
-        self._reference = _RunningGaussian(features)
-        self._images = _RunningGaussian(features)
+        self._reference = RunningGaussian(features)
+        self._images = RunningGaussian(features)
 
     def update_reference(self, images: Tensor) -> None:
         """Add true images [B, C, H, W], float in [−1, 1] or uint8, of 1 or 3 channels.
@@ -115,31 +115,6 @@ def frechet_inception_distance(
     for batch in _batches(images, batch_size):
         distance.update(batch)
     return distance.compute()
-
-
-class _RunningGaussian:
-    """Mean and covariance of feature vectors that come in batches (Chan et al. 1979), float64."""
-
-    def __init__(self, size: int) -> None:
-        self.count = 0
-        self.mean = torch.zeros(size, dtype=torch.float64)
-        self.scatter = torch.zeros(size, size, dtype=torch.float64)
-
-    def update(self, features: Tensor) -> None:
-        added = features.shape[0]
-        if added == 0:
-            return
-        mean = features.mean(0)
-        centred = features - mean
-        shift = mean - self.mean
-        total = self.count + added
-        self.scatter += centred.T @ centred
-        self.scatter += torch.outer(shift, shift) * (self.count * added / total)
-        self.mean += shift * (added / total)
-        self.count = total
-
-    def statistics(self) -> dict[str, Any]:
-        return {"mu": self.mean.numpy(), "sigma": (self.scatter / (self.count - 1)).numpy()}
 
 
 def _build_inception(weights: str | Path | None, features: int) -> nn.Module:

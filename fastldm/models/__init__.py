@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fastldm.models.autoencoder_kl import AutoencoderKL as AutoencoderKL
     from fastldm.models.base import ModelMixin as ModelMixin
     from fastldm.models.class_embedder import ClassEmbedder as ClassEmbedder
+    from fastldm.models.identity_first_stage import IdentityFirstStage as IdentityFirstStage
     from fastldm.models.patch_discriminator import PatchDiscriminator as PatchDiscriminator
     from fastldm.models.spatial_rescaler import SpatialRescaler as SpatialRescaler
     from fastldm.models.text_encoder import TextEncoder as TextEncoder
@@ -21,6 +22,7 @@ _MODULE_OF = {
     "AutoencoderKL": "autoencoder_kl",
     "CaptionTokenizer": "tokenizer",
     "ClassEmbedder": "class_embedder",
+    "IdentityFirstStage": "identity_first_stage",
     "ModelMixin": "base",
     "PatchDiscriminator": "patch_discriminator",
     "SpatialRescaler": "spatial_rescaler",
@@ -34,6 +36,7 @@ __all__ = [
     "AutoencoderKL",
     "CaptionTokenizer",
     "ClassEmbedder",
+    "IdentityFirstStage",
     "ModelMixin",
     "PatchDiscriminator",
     "SpatialRescaler",

@@ -134,11 +134,9 @@ def check_resolution(data: DataConfig, first_stage: Any) -> None:
             f"data.resolution: {resolution} is not a multiple of f = {f}, the downsampling factor "
             f"of the autoencoder; nearest: {max(f, above - f)} or {above}"
         )
-    if first_stage.config["in_channels"] != data.channels:
-        raise ConfigError(
-            f"data.channels: {data.channels}, but the autoencoder takes "
-            f"{first_stage.config['in_channels']}"
-        )
+    channels = first_stage.config.get("in_channels", first_stage.latent_channels)
+    if channels != data.channels:
+        raise ConfigError(f"data.channels: {data.channels}, but the autoencoder takes {channels}")
 
 
 def _open_cache(

@@ -14,6 +14,7 @@ from fastldm.training.config import ModelConfig
 from fastldm.training.field_types import check_types
 
 FIRST_STAGES = ("AutoencoderKL", "VQModel")
+PIXEL_STAGE = "IdentityFirstStage"
 DISCRIMINATORS = ("PatchDiscriminator",)
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 CONDITIONERS = ("TextEncoder", "ClassEmbedder")
@@ -32,7 +33,9 @@ SCHEDULERS = (
 )
 
 _HOME = {
-    **dict.fromkeys((*FIRST_STAGES, *DISCRIMINATORS, *UNETS, *CONDITIONERS), "fastldm.models"),
+    **dict.fromkeys(
+        (*FIRST_STAGES, PIXEL_STAGE, *DISCRIMINATORS, *UNETS, *CONDITIONERS), "fastldm.models"
+    ),
     **dict.fromkeys(SCHEDULERS, "fastldm.schedulers"),
 }
 
@@ -93,7 +96,8 @@ def load_first_stage(folder: str | Path, field: str = "first_stage") -> Any:
         raise CheckpointError(f"{field}: {why_no_model(folder, 'config.json')}")
     config = read_json(path)
     name = config.get("_class_name") if isinstance(config, dict) else None
-    if name not in FIRST_STAGES:
-        raise ConfigError(f"{path}: expected _class_name {' or '.join(FIRST_STAGES)}, got {name!r}")
-    kind: Any = resolve_class(name, FIRST_STAGES, field)
+    accepted = (*FIRST_STAGES, PIXEL_STAGE)
+    if name not in accepted:
+        raise ConfigError(f"{path}: expected _class_name {' or '.join(accepted)}, got {name!r}")
+    kind: Any = resolve_class(name, accepted, field)
     return kind.from_pretrained(folder, subfolder=subfolder)

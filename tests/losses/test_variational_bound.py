@@ -40,7 +40,7 @@ class TinyModel(nn.Module):
 def bound_by_distributions(
     model: Any, alphas: Tensor, prediction_type: str, variance: str, x0: Tensor, seed: int
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """The terms in nats a sample, by torch's distributions and Bayes' rule, in a loop of its own."""
+    """The terms in nats a sample, by torch's distributions and Bayes' rule, in its own loop."""
     generator = torch.Generator().manual_seed(seed)
     T = len(alphas)
     a = [float(value) for value in alphas]
@@ -75,13 +75,13 @@ def bound_by_distributions(
             # Product of N(x_{t−1}; √ᾱ_{t−1}·x₀, 1−ᾱ_{t−1}) and N(x_t; √α_t·x_{t−1}, β_t).
             precision = 1 / (1 - previous[t]) + step / beta
 
-            def posterior(x: Tensor, t: int = t, p: float = precision, s: float = step) -> Tensor:
-                return (
-                    math.sqrt(previous[t]) * x / (1 - previous[t]) + math.sqrt(s) * x_t / (1 - s)
-                ) / p
-
-            true = Normal(posterior(x0), precision**-0.5)
-            terms.append(kl_divergence(true, Normal(posterior(guess), sigma)).flatten(1).sum(1))
+            means = [
+                (math.sqrt(previous[t]) * x / (1 - previous[t]) + math.sqrt(step) * x_t / beta)
+                / precision
+                for x in (x0, guess)
+            ]
+            kl = kl_divergence(Normal(means[0], precision**-0.5), Normal(means[1], sigma))
+            terms.append(kl.flatten(1).sum(1))
     return prior, terms, torch.stack(errors)
 
 
@@ -188,7 +188,9 @@ def test_the_levels_have_a_probability_of_one_and_keep_their_digits() -> None:
         assert chance.isfinite().all()
     # Twenty deviations away on either side, where a difference of distribution functions is 0.
     far = [
-        discretized_gaussian_log_likelihood(*torch.tensor([[side * 101 / 255], [0.0], [0.02]]).double())
+        discretized_gaussian_log_likelihood(
+            *torch.tensor([[side * 101 / 255], [0.0], [0.02]]).double()
+        )
         for side in (-1, 1)
     ]
     assert far[0] == pytest.approx(float(far[1]), rel=1e-12)
