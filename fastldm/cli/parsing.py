@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastldm.cli.messages import plain_message
+from fastldm.cli.messages import option_names, plain_message
 from fastldm.errors import ConfigError, FastLDMError
 
 _Config = TypeVar("_Config")
@@ -52,10 +52,13 @@ def build_parser(kind: type, command: str, description: str) -> Any:
     """The parser of a configuration class; it raises rather than exits."""
     import jsonargparse
 
+    # The help of an option is the docstring of its field.
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    strict = f"{_STRICT[0]}: short for {_STRICT[1]}, stop at an unreadable image."
     parser = jsonargparse.ArgumentParser(
         prog=f"fastldm {command}",
         description=description,
-        epilog=f"{_STRICT[0]}: short for {_STRICT[1]}, stop at an unreadable image.",
+        epilog=strict if "data.strict" in option_names(kind) else None,
         exit_on_error=False,
         allow_abbrev=False,
     )

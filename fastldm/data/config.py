@@ -34,7 +34,8 @@ class DataConfig:
     """
 
     source: str
-    """Where the images are; see above."""
+    """Where the images are: a folder, ``emoji``, or ``parquet:…``, ``webdataset:…``, ``idx:…`` or
+    ``hub:owner/name``."""
     resolution: int = 256
     """Height and width of the images given out, in pixels."""
     channels: int = 3

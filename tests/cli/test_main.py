@@ -35,7 +35,15 @@ def test_every_command_has_its_module_and_help(
         with pytest.raises(SystemExit) as caught:
             cli.main([command, "--help"])
         assert caught.value.code == 0
-        assert f"fastldm {command}" in capsys.readouterr().out
+        shown = " ".join(capsys.readouterr().out.split())
+        assert f"fastldm {command}" in shown
+        if command == "train-autoencoder":
+            assert "Peak learning rate." in shown
+            assert "Height and width of the images given out" in shown
+            assert "--strict: short for" in shown
+        if command == "sample":
+            assert "Steps of the sampler." in shown
+            assert "--strict" not in shown
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"]])
