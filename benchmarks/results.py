@@ -1,4 +1,4 @@
-"""What the benchmarks measured on a CPU, with all that a figure depends on."""
+"""What the benchmarks measured, with all that a figure depends on."""
 
 from __future__ import annotations
 
@@ -12,31 +12,47 @@ from pathlib import Path
 import torch
 
 from benchmarks.gpu import machine, records
-from benchmarks.timing import Quartiles
+from benchmarks.racing import Measured
 
 _PEERS = ("diffusers", "faiss-cpu", "vector-quantize-pytorch")
 
 
-def write(path: Path, measured: Mapping[str, Mapping[str, Quartiles]]) -> None:
-    """Quartiles in microseconds of each contestant of each benchmark, as JSON."""
+def write(path: Path, measured: Mapping[str, Measured], device: str = "cpu") -> None:
+    """As JSON: of each contestant of each benchmark quartiles in microseconds and peak memory.
+
+    Where there were several runs, the ratios to the first contestant in each are there, too.
+    """
     content = {
-        "stamp": stamp(),
+        "stamp": stamp(device),
         "benchmarks": {
             test: {
-                name: {key: round(seconds * 1e6, 3) for key, seconds in asdict(times).items()}
-                for name, times in contestants.items()
+                name: {
+                    **{
+                        key: round(seconds * 1e6, 3)
+                        for key, seconds in asdict(times.quartiles).items()
+                    },
+                    "peak_bytes": found.peak_bytes[name],
+                }
+                for name, times in found.times.items()
             }
-            for test, contestants in measured.items()
+            for test, found in measured.items()
+        },
+        "ratios": {
+            test: {
+                name: [round(ratio, 4) for ratio in ratios] for name, ratios in found.ratios.items()
+            }
+            for test, found in measured.items()
+            if any(len(ratios) > 1 for ratios in found.ratios.values())
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def stamp() -> dict[str, object]:
-    """Processor, threads, versions, commit and date."""
+def stamp(device: str = "cpu") -> dict[str, object]:
+    """Device, threads, versions, commit and date."""
     return {
-        "device": processor(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

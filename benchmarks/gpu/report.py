@@ -60,6 +60,7 @@ def page(folder: Path) -> str:
         *(list(_contest(present[name], present.get("roofs"))) for name in _CONTESTS
           if name in present),
         list(_models(present.get("models"))),
+        list(_throughput(present.get("throughput"))),
     ]  # fmt: skip
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -242,3 +243,36 @@ def _ordered(rows: Sequence[Row]) -> list[str]:
         for name, value in row["families_us"].items():
             totals[name] = totals.get(name, 0.0) + value
     return sorted(totals, key=lambda name: -totals[name])
+
+
+def _throughput(record: Record | None) -> Iterator[str]:
+    rows = [row for row in record.rows if "images_per_second" in row] if record else []
+    if not rows:
+        return
+    yield "## Throughput for each f"
+    yield ""
+    yield (
+        "Images a second, and how many times as many as at f = 1: at batch 1, or each at the "
+        "paper's batch. † without a CUDA graph."
+    )
+    yield ""
+    yield "| | model | images | batch | backend | dtype | step, ms | images/s | over f = 1 | GiB |"
+    yield "|" + " --- |" * 10
+    for row in sorted(rows, key=lambda row: (row["what"], row["f"], row["batch"])):
+        mark = "" if row["how"] == "graph" else "†"
+        cells = [
+            row["what"], row["model"], f"{row['image_size']}²", row["batch"], row["backend"],
+            row["dtype"], f"{row['step_ms']:.2f}{mark}", f"{row['images_per_second']:.4g}",
+            _ratio(_over_pixels(row, rows)), f"{row['peak_bytes'] / 2**30:.2f}",
+        ]  # fmt: skip
+        yield f"| {' | '.join(map(str, cells))} |"
+
+
+def _over_pixels(row: Row, rows: Sequence[Row]) -> float | None:
+    """Images a second over those of f = 1, at batch 1 or at the paper's batches."""
+    for other in rows:
+        same = all(row[key] == other[key] for key in ("what", "backend", "image_size"))
+        if same and other["f"] == 1 and (row["batch"] == 1) == (other["batch"] == 1):
+            ratio: float = row["images_per_second"] / other["images_per_second"]
+            return ratio
+    return None

@@ -1,4 +1,4 @@
-"""A UNet step and a VAE decode: their times, and what takes them, on plain torch and on kernels."""
+"""Networks of Stable Diffusion: their times, and what takes them, on plain torch and on kernels."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.clock import Clock, clock_for
+from benchmarks.gpu.networks import Build, decoder, sdxl_unet, stable_diffusion_unet
 from benchmarks.gpu.records import Row
 from benchmarks.gpu.stages import Context
 from fastldm import ops
-from fastldm.models import AutoencoderKL, UNet2DConditionModel
 
 # In the order in which they are tried on a kernel's name (on the CPU: an operator's).
 FAMILIES = (
@@ -31,51 +31,13 @@ FAMILIES = (
 _MOST_KERNELS = 20
 _PROFILED_CALLS = 3
 _LARGEST_ERROR = 0.05
-_LEVELS = (320, 640, 1280, 1280)
 
-Inputs = tuple[Tensor, ...]
-Build = Callable[[Context], tuple[nn.Module, Inputs]]
-
-
-def _unet(context: Context) -> tuple[nn.Module, Inputs]:
-    """Stable Diffusion 1.5 at 512² with guidance."""
-    side, keys, width = (8, 5, 32) if context.is_dry else (64, 77, 768)
-    options: dict[str, Any] = {"attention_head_dim": 8}
-    if context.is_dry:
-        options = {"attention_head_dim": 2, "layers_per_block": 1}
-    model = UNet2DConditionModel(
-        block_out_channels=(32, 32, 32, 32) if context.is_dry else _LEVELS,
-        cross_attention_dim=width,
-        **options,
-    )
-    return model, (
-        torch.randn(2, 4, side, side), torch.tensor(500), torch.randn(2, keys, width)
-    )  # fmt: skip
-
-
-def _decoder(context: Context) -> tuple[nn.Module, Inputs]:
-    """Stable Diffusion's first stage, to 512²."""
-    levels, side, layers = ((32, 32), 4, 1) if context.is_dry else ((128, 256, 512, 512), 64, 2)
-    model = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * len(levels),
-        up_block_types=("UpDecoderBlock2D",) * len(levels),
-        block_out_channels=levels,
-        layers_per_block=layers,
-    )
-    return _Decoder(model), (torch.randn(1, 4, side, side),)
-
-
-class _Decoder(nn.Module):
-    def __init__(self, model: AutoencoderKL) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, z: Tensor) -> Tensor:
-        image: Tensor = self.model.decode(z).sample
-        return image
-
-
-MODELS: dict[str, Build] = {"UNet step, SD 1.5": _unet, "VAE decode, 512²": _decoder}
+MODELS: dict[str, Build] = {
+    "UNet step, SD 1.5": stable_diffusion_unet,
+    "VAE decode, 512²": decoder(512),
+    "UNet step, SDXL": sdxl_unet,
+    "VAE decode, 1024²": decoder(1024),
+}
 
 
 def run(context: Context) -> Iterator[Row]:
@@ -94,7 +56,7 @@ def _measured(
     """A row for each backend; the results of both agree, or the kernels' says by how much not."""
     dtype = torch.float32 if context.is_dry else torch.float16
     torch.manual_seed(0)
-    model, inputs = build(context)
+    model, inputs = build(context.is_dry)
     model = model.to(context.device, dtype, memory_format=layout).eval()
     given = tuple(
         value.to(context.device, dtype if value.ndim else None, memory_format=layout)
@@ -106,8 +68,8 @@ def _measured(
     def call(backend: str) -> Callable[[], Tensor]:
         def forward() -> Tensor:
             with ops.backend(backend):
-                found = model(*given)
-            return found if isinstance(found, Tensor) else found.sample
+                found: Tensor = model(*given)
+            return found
 
         return forward
 

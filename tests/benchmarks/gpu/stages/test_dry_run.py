@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import records, worker
+from benchmarks.gpu import records, report, worker
 from benchmarks.gpu.contest import COPY, OURS
 from benchmarks.gpu.records import DONE, FAILED, Record, Row
 from benchmarks.gpu.stages import Context, models, roofs, tuning
@@ -87,10 +87,35 @@ def test_roofs_and_environment(run: Run) -> None:
 def test_models(run: Run) -> None:
     record = run("models")
     assert (record.state, record.problems) == (DONE, [])
-    assert [row["backend"] for row in record.rows] == ["plain torch", "fastldm"] * 2
+    assert [row["backend"] for row in record.rows] == ["plain torch", "fastldm"] * len(
+        models.MODELS
+    )
     for row in record.rows:
         assert row["families_us"]["convolution"] > 0
         assert row["what"].endswith("(dry run)")
+
+
+def test_throughput(run: Run, tmp_path: Path) -> None:
+    record = run("throughput")
+    assert (record.state, record.problems) == (DONE, [])
+    found = [(row["f"], row["what"], row["backend"]) for row in record.rows]
+    assert found == [
+        (f, what, backend)
+        for f in (4, 1)
+        for what in ("sample", "train")
+        for backend in ("plain torch", "fastldm")
+    ]
+    for row in record.rows:
+        assert row["peak_bytes"] > 0
+        per_image = row["step_ms"] / 1e3
+        if row["what"] == "sample":
+            assert (row["decode_ms"] > 0) == (row["f"] == 4)
+            per_image = per_image * row["steps"] + row["decode_ms"] / 1e3
+        assert row["images_per_second"] == pytest.approx(1 / per_image)
+    page = report.page(tmp_path)
+    assert page.count("| f=4 VQ | 64² |") == page.count("| f=1 pixels | 64² |") == 4
+    faster = record.rows[1]["images_per_second"] / record.rows[5]["images_per_second"]
+    assert f"| {faster:.2f} |" in page
 
 
 @pytest.mark.parametrize(
