@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError, DataError
-from fastldm.losses.diffusion import PREDICTION_TYPES
+from fastldm.losses.gaussian_diffusion import GaussianDiffusion, posterior_variance
 
 Likelihood = Literal["discretized", "gaussian"]
 ReverseVariance = Literal["fixed_small", "fixed_large"]
@@ -100,34 +100,29 @@ class VariationalBound:
         clip_sample: bool = False,
     ) -> None:
         for name, value, accepted in (
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
             ("likelihood", likelihood, get_args(Likelihood)),
             ("variance", variance, get_args(ReverseVariance)),
         ):
             if value not in accepted:
                 raise ConfigError(f"{name}: expected one of {', '.join(accepted)}, got {value!r}")
         alpha = alphas_cumprod.detach().to("cpu", torch.float64)
-        previous = torch.cat([torch.ones_like(alpha[:1]), alpha[:-1]])
-        if alpha.ndim != 1 or len(alpha) < 2 or not bool(((alpha > 0) & (alpha < previous)).all()):
+        falls = alpha.ndim == 1 and bool((alpha.diff() < 0).all())
+        if not falls or len(alpha) < 2 or not 0 < float(alpha[-1]) < float(alpha[0]) < 1:
             raise ConfigError(
                 "alphas_cumprod: expected at least two strictly falling numbers in (0, 1); a "
                 "schedule that reaches 0 has no finite bound"
             )
-        self.prediction_type = prediction_type
         self.likelihood = likelihood
         self.clip_sample = clip_sample
-        self._alpha = alpha
-        betas = 1 - alpha / previous
-        self._posterior_variance = betas * (1 - previous) / (1 - alpha)
-        chosen = self._posterior_variance if variance == "fixed_small" else betas
-        self._variance = torch.cat([self._posterior_variance[1:2], chosen[1:]])
-        self._weight_of_x0 = previous.sqrt() * betas / (1 - alpha)
-        self._weight_of_x_t = (alpha / previous).sqrt() * (1 - previous) / (1 - alpha)
+        self._diffusion = GaussianDiffusion(alpha, prediction_type)
+        smallest = posterior_variance(alpha)
+        chosen = smallest if variance == "fixed_small" else posterior_variance(alpha, 1.0)
+        self._variance = torch.cat([smallest[1:2], chosen[1:]])
 
     @property
     def num_timesteps(self) -> int:
         """T."""
-        return len(self._alpha)
+        return self._diffusion.num_timesteps
 
     def prior(self, x0: Tensor) -> Tensor:
         """L_T: the KL of q(x_{T−1} | x₀) from a standard normal, in bits/dim.
@@ -138,21 +133,13 @@ class VariationalBound:
         Returns:
             [B], float64.
         """
-        alpha = self._alpha[-1].to(x0.device)
-        mean_square = alpha * x0.double().square()
-        nats = 0.5 * (mean_square - alpha - torch.log1p(-alpha))
-        return _bits_per_dim(nats)
+        last = torch.full((len(x0),), self.num_timesteps - 1)
+        mean, variance, log_variance = self._diffusion.q_mean_variance(x0.double(), last)
+        return _bits_per_dim(0.5 * (mean.square() + variance - 1 - log_variance))
 
     def predicted_x0(self, model_output: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
         """x₀ from the model's output, clamped where `clip_sample` says so; float64 [B, …]."""
-        alpha = _at(self._alpha, timesteps, x_t)
-        output, x_t = model_output.double(), x_t.double()
-        if self.prediction_type == "epsilon":
-            x0 = (x_t - (1 - alpha).sqrt() * output) / alpha.sqrt()
-        elif self.prediction_type == "sample":
-            x0 = output
-        else:
-            x0 = alpha.sqrt() * x_t - (1 - alpha).sqrt() * output
+        x0 = self._diffusion.predict_start(model_output.double(), x_t.double(), timesteps)
         return x0.clamp(-1.0, 1.0) if self.clip_sample else x0
 
     def step(self, x0: Tensor, x_t: Tensor, x0_hat: Tensor, timesteps: Tensor) -> Tensor:
@@ -171,16 +158,13 @@ class VariationalBound:
             DataError: the likelihood is discretised and x₀ lies between the levels.
         """
         x0, x_t = x0.double(), x_t.double()
-        variance = _at(self._variance, timesteps, x0)
-        from_x_t = _at(self._weight_of_x_t, timesteps, x0) * x_t
-        weight = _at(self._weight_of_x0, timesteps, x0)
-        mean = weight * x0_hat.double() + from_x_t
-        true_variance = _at(self._posterior_variance, timesteps, x0)
-        difference = weight * x0 + from_x_t - mean
-        ratio = true_variance / variance
+        variance = self._variance[timesteps.cpu()].to(x0.device).view(-1, *[1] * (x0.ndim - 1))
+        true = self._diffusion.q_posterior(x0, x_t, timesteps)
+        mean = self._diffusion.q_posterior(x0_hat.double(), x_t, timesteps).mean
+        ratio = true.variance / variance
         # Step 0 has a true variance of 0 and takes the decoder's term in place of this one.
         log_ratio = torch.where(ratio > 0, ratio, torch.ones_like(ratio)).log()
-        kl = 0.5 * (difference.square() / variance + ratio - 1 - log_ratio)
+        kl = 0.5 * ((true.mean - mean).square() / variance + ratio - 1 - log_ratio)
         first = (timesteps == 0).to(x0.device)
         if not first.any():
             return _bits_per_dim(kl)
@@ -228,8 +212,7 @@ class VariationalBound:
                 x0.device
             )
             noise = torch.randn(x0.shape, generator=generator, device=device, dtype=torch.float64)
-            alpha = _at(self._alpha, timesteps, x0)
-            x_t = (alpha.sqrt() * x0.double() + (1 - alpha).sqrt() * noise.to(x0.device)).to(x0)
+            x_t = self._diffusion.q_sample(x0.double(), timesteps, noise.to(x0.device)).to(x0)
             x0_hat = self.predicted_x0(predict(x_t, timesteps), x_t, timesteps)
             term = self.step(x0, x_t, x0_hat, timesteps)
             if squared_error is None:
@@ -292,11 +275,6 @@ def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, std: Tensor) ->
     lowest = torch.special.log_ndtr(upper)
     highest = torch.special.log_ndtr(-lower)
     return torch.where(level < 0.5, lowest, torch.where(level > 254.5, highest, inside))
-
-
-def _at(table: Tensor, timesteps: Tensor, like: Tensor) -> Tensor:
-    """Entries of a table [T] at time steps [B], to broadcast against [B, …]."""
-    return table[timesteps.cpu()].to(like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 def _bits_per_dim(nats: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ def first_stage_training(
         output_dir=str(cell.folder(config) / "first_stage"),
         model=ModelConfig(kind, fields),
         loss=settings.loss,
+        discriminator=ModelConfig("PatchDiscriminator", settings.discriminator),
         lr_schedule="cosine",
         **_shared(config, settings),
         **limit,

@@ -31,6 +31,7 @@ class FirstStageSettings:
         codebook_size: number of codes for each f.
         vq_config: further fields of `VQModel`. The codebook's moving averages make short trainings
             use all of it.
+        discriminator: fields of `PatchDiscriminator`, where `loss` has it on.
         loss: of the first stage. LPIPS and the discriminator are off, because the first needs
             weights from the network and the second a long training.
         batch_size, learning_rate, warmup_steps, max_grad_norm, ema_decay: of the training; the
@@ -52,6 +53,7 @@ class FirstStageSettings:
             "dead_code_threshold": 0.1,
         }
     )
+    discriminator: dict[str, Any] = field(default_factory=dict)
     loss: FirstStageLossConfig = field(
         default_factory=lambda: FirstStageLossConfig(
             perceptual_weight=0.0, discriminator_weight=0.0

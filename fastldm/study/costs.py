@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 
 from fastldm.errors import ConfigError
 from fastldm.models import IdentityFirstStage
@@ -20,14 +20,19 @@ from fastldm.training.autoencoder import AutoencoderTrainer
 from fastldm.training.environment import Environment
 
 TFLOP = 1e12
+_ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+"""What torch's counter knows on a GPU, but not here."""
 
 
 @dataclass(frozen=True)
 class Costs:
     """Floating-point operations of one cell; a multiplication and an addition count as two.
 
-    Convolutions and matrix products are counted, as by ``torch.utils.flop_counter``, over the calls
-    that the trainer makes, backward passes, LPIPS and discriminator included.
+    Convolutions, matrix products and attention are counted, as by ``torch.utils.flop_counter``,
+    over the calls that the trainer makes, backward passes, LPIPS and discriminator included.
 
     Attributes:
         first_stage_step: a training step before the discriminator starts; 0 without first stage.
@@ -71,11 +76,12 @@ class Costs:
 
 
 def count_flops(function: Callable[[], object]) -> int:
-    """Operations of the convolutions and matrix products in a call.
+    """Operations of the convolutions, matrix products and attention in a call.
 
     The reference operators are what serves it, because the counter cannot see into a kernel.
     """
-    with backend("reference"), FlopCounterMode(display=False) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
+    with backend("reference"), counter:
         function()
     return int(counter.get_total_flops())
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastldm.data import save_image_grid
 from fastldm.errors import ConfigError
 from fastldm.latent_diffusion import LatentDiffusion
-from fastldm.losses import VariationalBound
+from fastldm.losses import BoundTerms, VariationalBound
 from fastldm.losses.pretrained import is_cached
 from fastldm.metrics import (
     LPIPS,
@@ -90,7 +90,8 @@ def measure_reconstructions(
     lpips, _ = make_lpips(settings)
     metrics = ReconstructionMetrics(lpips=lpips, codebook_size=codebook_size)
     for batch in images[: settings.images].split(settings.batch_size):
-        metrics.update(batch, *reconstruct(batch))
+        reconstructions, indices = reconstruct(batch)
+        metrics.update(batch.to(reconstructions.device), reconstructions, indices)
     return metrics.compute()
 
 
@@ -107,18 +108,22 @@ def measure_first_stage(
         indices = (
             first_stage.quantize(first_stage.encode(images).latents).indices if is_vq else None
         )
-        return first_stage(images).sample.float().cpu(), indices
+        return first_stage(images).sample.float(), indices
 
     size = first_stage.config["num_vq_embeddings"] if is_vq else None
     figures = measure_reconstructions(material.held_out, reconstruct, settings, size)
     shown = material.held_out[:: max(1, len(material.held_out) // _SHOWN)][:_SHOWN]
-    pairs = torch.stack([shown, reconstruct(shown)[0].clamp(-1, 1)], dim=1).flatten(0, 1)
+    pairs = torch.stack([shown, reconstruct(shown)[0].cpu()], dim=1).flatten(0, 1)
     save_image_grid(pairs, path, columns=8)
     return figures
 
 
 class SampleDistance:
     """Distance of samples to the reference images, by the features that a config names.
+
+    Args:
+        reference: [N, C, H, W].
+        device: where the network runs.
 
     Attributes:
         name: ``"FID"``, or of the features, which is then no FID.
@@ -128,13 +133,14 @@ class SampleDistance:
         CheckpointError: the weights cannot be used.
     """
 
-    def __init__(self, config: StudyConfig, reference: Tensor) -> None:
+    def __init__(self, config: StudyConfig, reference: Tensor, device: torch.device) -> None:
         settings = config.evaluation
         kind, weights = settings.features, settings.features_weights
         if kind == "auto":
             kind = "inception" if weights or is_cached(INCEPTION_URL) else "random_conv"
         self._batch_size = settings.batch_size
         self._reference = reference
+        self._device = device
         self._inception: str | None = None
         self._features: FrechetFeatureDistance | None = None
         if kind == "inception":
@@ -152,7 +158,8 @@ class SampleDistance:
         else:
             self.name = f"feature distance ({kind})"
             features = NetworkFeatures(kind, weights)
-        self._features = FrechetFeatureDistance(features)
+        network = features.to(device)
+        self._features = FrechetFeatureDistance(lambda images: network(images.to(device)))
         for batch in reference.split(self._batch_size):
             self._features.update_reference(batch)
 
@@ -160,7 +167,7 @@ class SampleDistance:
         """The distance of images [N, C, H, W]."""
         if self._features is not None:
             return self._features.to(images, self._batch_size)
-        fid = FrechetInceptionDistance(self._inception or None)
+        fid = FrechetInceptionDistance(self._inception or None, device=self._device)
         for batch in self._reference.split(self._batch_size):
             fid.update_reference(batch)
         for batch in images.split(self._batch_size):
@@ -215,7 +222,7 @@ def measure_bound(
     )
     generator = torch.Generator().manual_seed(config.seed)
     conditioning = model.encode_condition(None, 1)
-    found = []
+    found: list[BoundTerms] = []
     dims_per_pixel_dim = 1.0
     for images in held_out[: settings.bound_images].split(settings.batch_size):
         images = images.to(model.device)

@@ -10,6 +10,8 @@ from fastldm.storage import atomic_file
 _STYLES = {"none": ("black", "-", "o"), "kl": ("C0", "-", "o"), "vq": ("C1", "--", "s")}
 _SHADES = {1: 1.0, 2: 0.95, 4: 0.75, 8: 0.55, 16: 0.42, 32: 0.32}
 _DPI = 110
+_LABEL = 14
+"""Height of a line with a cell's name, in pixels."""
 
 
 def draw_plots(results: dict[str, Any], folder: Path) -> list[Path]:
@@ -24,7 +26,7 @@ def draw_plots(results: dict[str, Any], folder: Path) -> list[Path]:
         ]
         if any("psnr" in cell["first_stage"] for cell in results["cells"]):
             drawn.insert(0, _draw(folder / "study_reconstruction", _reconstruction, results))
-    return drawn
+    return [*drawn, _stack_pictures(results, folder)]
 
 
 def _draw(stem: Path, plot: Any, results: dict[str, Any]) -> Path:
@@ -101,6 +103,25 @@ def _rate_distortion(figure: Any, results: dict[str, Any]) -> None:
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+
+
+def _stack_pictures(results: dict[str, Any], folder: Path) -> Path:
+    """The samples of every cell below each other, each with its name; a PNG alone."""
+    from PIL import Image, ImageDraw
+
+    names = [cell["name"] for cell in results["cells"]]
+    grids = [Image.open(folder / "cells" / name / "samples.png") for name in names]
+    size = max(grid.width for grid in grids), sum(grid.height + _LABEL for grid in grids)
+    stacked = Image.new("RGB", size, "white")
+    draw, top = ImageDraw.Draw(stacked), 0
+    for name, grid in zip(names, grids, strict=True):
+        draw.text((4, top + 1), name, fill="black")
+        stacked.paste(grid, (0, top + _LABEL))
+        top += grid.height + _LABEL
+    path = folder / "study_pictures.png"
+    with atomic_file(path) as temporary:
+        stacked.save(temporary, format="PNG")
+    return path
 
 
 def _style(cell: dict[str, Any]) -> dict[str, Any]:

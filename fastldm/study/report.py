@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fastldm.storage import atomic_file, write_json
-from fastldm.study.costs import TFLOP
 from fastldm.study.plots import draw_plots
 
 
@@ -18,10 +17,6 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
     Args:
         results: the figures, from `fastldm.study.run.run_study`.
     """
-    steps = results["config"]["evaluation"]["num_inference_steps"]
-    for cell in results["cells"]:
-        costs = cell["costs"]
-        cell["sampling_tflop"] = (steps * costs["denoising"] + costs["decoding"]) / TFLOP
     write_json(folder / "study.json", results)
     _write_csv(folder / "cells.csv", [_row(cell) for cell in results["cells"]])
     _write_csv(folder / "curves.csv", _curve_rows(results["cells"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import time
@@ -73,13 +74,14 @@ def run_study(config: StudyConfig) -> Path:
     logger.info("counting what a step costs, for %d models", len(cells))
     costs = {cell: measure_costs(cell, config, num_images) for cell in cells}
     plans = {cell: plan(cell, config, costs[cell]) for cell in cells}
-    save_config(config, Path(config.output_dir, _CONFIG))
+    _begin(config)
     material = load_material(config)
-    distance = SampleDistance(config, material.reference)
+    device = Environment(diffusion_training(cells[0], config, Path("unused"), max_steps=1)).device
+    distance = SampleDistance(config, material.reference, device)
     _, lpips = make_lpips(config.evaluation)
     progress = _Progress(len(cells), enabled=config.progress_bar)
     records = [
-        _CellRun(cell, config, costs[cell], plans[cell], material, distance, progress).run()
+        _CellRun(cell, config, costs[cell], plans[cell], material, distance, progress, device).run()
         for cell in cells
     ]
     progress.close()
@@ -93,7 +95,7 @@ def run_study(config: StudyConfig) -> Path:
             "held_out": len(material.held_out[: config.evaluation.images]),
         },
         "held_out_distance": distance(material.held_out),
-        "machine": _machine(config),
+        "machine": _machine(device),
         "cells": records,
         "pca": _measure_pca(cells, config, material),
     }
@@ -101,21 +103,26 @@ def run_study(config: StudyConfig) -> Path:
 
 
 def _check_folder(config: StudyConfig) -> None:
-    """Check that a study in the folder is this one, or delete what it trained."""
-    folder = Path(config.output_dir)
-    path = folder / _CONFIG
-    if path.is_file() and config.overwrite:
-        shutil.rmtree(folder / "cells", ignore_errors=True)
-    elif path.is_file():
-        import yaml
+    """Refuse a folder with another study, unless that is to be deleted."""
+    path = Path(config.output_dir, _CONFIG)
+    if config.overwrite or not path.is_file():
+        return
+    import yaml
 
-        then, now = yaml.safe_load(path.read_text(encoding="utf-8")), to_plain(config)
-        changed = [name for name in now if name not in _MAY_CHANGE and then.get(name) != now[name]]
-        if changed:
-            raise ConfigError(
-                f"output_dir: {folder} holds a study with another {', '.join(changed)}; choose "
-                "another folder or set overwrite: true"
-            )
+    then, now = yaml.safe_load(path.read_text(encoding="utf-8")), to_plain(config)
+    changed = [name for name in now if name not in _MAY_CHANGE and then.get(name) != now[name]]
+    if changed:
+        raise ConfigError(
+            f"output_dir: {config.output_dir} holds a study with another {', '.join(changed)}; "
+            "choose another folder or set overwrite: true"
+        )
+
+
+def _begin(config: StudyConfig) -> None:
+    """Note what the folder holds from now on."""
+    if config.overwrite:
+        shutil.rmtree(Path(config.output_dir, "cells"), ignore_errors=True)
+    save_config(config, Path(config.output_dir, _CONFIG))
 
 
 class _CellRun:
@@ -130,6 +137,7 @@ class _CellRun:
         material: Material,
         distance: SampleDistance,
         progress: _Progress,
+        device: torch.device,
     ) -> None:
         self.cell = cell
         self.config = config
@@ -140,9 +148,7 @@ class _CellRun:
         self.progress = progress
         self.folder = cell.folder(config)
         self.path = self.folder / _CELL
-        self.device = Environment(
-            diffusion_training(cell, config, Path("unused"), max_steps=1)
-        ).device
+        self.device = device
 
     def run(self) -> dict[str, Any]:
         """All phases that are not finished; gives the cell's figures."""
@@ -159,11 +165,23 @@ class _CellRun:
         for number in range(points):
             name = f"point_{number}"
             what = f"diffusion, point {number + 1} of {points}"
-            self._phase(name, what, (1 - share) / points, lambda n=number: self._point(n))
+            measure = functools.partial(self._point, number)
+            self._phase(name, what, (1 - share) / points, measure)
         self._phase("rate_distortion", "variational bound", 0.0, self._bound)
-        curve = [self.record[f"point_{number}"] for number in range(points)]
-        kept = {name: value for name, value in self.record.items() if not name.startswith("point_")}
-        return {**kept, "curve": curve}
+        return self._with_costs(points)
+
+    def _with_costs(self, points: int) -> dict[str, Any]:
+        """The record, its points as a list, with the costs of what was trained."""
+        costs = self.costs
+        figures = {key: value for key, value in self.record.items() if "point_" not in key}
+        stage = figures["first_stage"]
+        figures["first_stage"] = {**stage, "tflop": costs.first_stage(stage["steps"]) / TFLOP}
+        curve = [dict(self.record[f"point_{number}"]) for number in range(points)]
+        for point in curve:
+            point["tflop"] = (point["steps"] * costs.diffusion_step + costs.encoding) / TFLOP
+        steps = self.config.evaluation.num_inference_steps
+        sampling = (steps * costs.denoising + costs.decoding) / TFLOP
+        return {**figures, "curve": curve, "sampling_tflop": sampling}
 
     def _phase(self, name: str, what: str, weight: float, measure: Callable[[], Any]) -> None:
         self.progress.begin(f"{self.cell.name}: {what}")
@@ -180,7 +198,7 @@ class _CellRun:
         if self.cell.is_pixel:
             stage = IdentityFirstStage(self.config.data.channels)
             stage.save_pretrained(self.folder / "first_stage" / "final")
-            return {"steps": 0, "tflop": 0.0, "seconds": 0.0}
+            return {"steps": 0, "seconds": 0.0}
         training = first_stage_training(self.cell, self.config, **self.plan.first_stage)
         final = train_autoencoder(training)
         steps, seconds = _progress_of(training.output_dir)
@@ -190,8 +208,7 @@ class _CellRun:
             self.config.evaluation,
             self.folder / "reconstructions.png",
         )
-        flops = self.costs.first_stage(steps)
-        return {"steps": steps, "tflop": flops / TFLOP, "seconds": seconds, **figures}
+        return {"steps": steps, "seconds": seconds, **figures}
 
     def _point(self, number: int) -> dict[str, Any]:
         limit = self.plan.points[number]
@@ -201,10 +218,8 @@ class _CellRun:
         train_latent_diffusion(training)
         steps, seconds = _progress_of(training.output_dir)
         samples, sampling = draw_samples(self._model(), self.config, self.folder / "samples.png")
-        flops = steps * self.costs.diffusion_step + self.costs.encoding
         return {
             "steps": steps,
-            "tflop": flops / TFLOP,
             "seconds": seconds,
             "distance": self.distance(samples),
             "sampling_seconds_per_image": sampling / len(samples),
@@ -245,15 +260,12 @@ def _measure_pca(
     return found
 
 
-def _machine(config: StudyConfig) -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
+    """What the times were taken on."""
     import platform
 
-    cpu = config.cpu or not torch.accelerator.is_available()
-    return {
-        "device": platform.machine() if cpu else torch.cuda.get_device_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
+    name = platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 
 class _Progress:

@@ -76,6 +76,8 @@ def test_what_is_written(finished: StudyConfig) -> None:
         assert f"]({plot}.png)" in report
         assert (folder / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in (folder / f"{plot}.svg").read_text()
+    assert "](study_pictures.png)" in report
+    assert (folder / "study_pictures.png").is_file()
     assert "LPIPS was not measured" in report or "LPIPS (alex)" in report
     assert "feature distance (random convolutions)" in report
     assert "It is no FID" in report
@@ -134,6 +136,15 @@ def test_another_study_in_the_folder(
 ) -> None:
     with pytest.raises(ConfigError, match="holds a study with another points, seed; choose"):
         run_study(make_study(Path(finished.output_dir), points=3, seed=1))
+
+
+def test_overwrite_deletes_nothing_before_the_new_study_is_found_to_serve(
+    make_study: MakeStudy, finished: StudyConfig
+) -> None:
+    config = make_study(Path(finished.output_dir), overwrite=True, budget_tflop=1e-5)
+    with pytest.raises(ConfigError, match="too small"):
+        run_study(config)
+    assert Path(finished.output_dir, "cells", "pixel", "cell.json").is_file()
 
 
 def test_minutes(make_study: MakeStudy, tmp_path: Path) -> None:
