@@ -1,4 +1,4 @@
-"""The CLIP text encoder of a Stable Diffusion file, as transformers' CLIPTextModel."""
+"""The CLIP text encoders of Stable Diffusion's files, as transformers' classes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from fastldm.checkpoints.conditioner_keys import (
     OPEN_CLIP_PREFIX,
     conditioner_places,
 )
-from fastldm.checkpoints.keymap import make_rows, to_fastldm
+from fastldm.checkpoints.keymap import make_rows, to_compvis, to_fastldm
 from fastldm.errors import CheckpointError, ConfigError
 
 _HEAD_WIDTH = 64
 _LAYER = re.compile(r"model\.transformer\.resblocks\.(\d+)\.ln_1\.weight")
-_NOT_USED = ("model.text_projection", "model.logit_scale")
-"""Of OpenCLIP: they make one vector of a text, which the UNet does not see."""
+_PROJECTION = "model.text_projection"
+PROJECTION_WEIGHT = "text_projection.weight"
+_NOT_USED = (_PROJECTION, "model.logit_scale")
+"""Of OpenCLIP: they make one vector of a text, which only SDXL's UNets see."""
 _POSITION_IDS = f"{CLIP_PREFIX}embeddings.position_ids"
 _CLIP_LAYER = re.compile(re.escape(CLIP_PREFIX) + r"encoder\.layers\.(\d+)\.layer_norm1\.weight")
 
@@ -48,26 +50,73 @@ def load_clip(
     open_clip = is_open_clip(tensors)
     if layer not in ("last", "penultimate") or (layer == "penultimate" and not open_clip):
         raise ConfigError(f"layer: fastldm takes CLIP's last hidden state, got {layer!r:.60}")
-    try:
-        from transformers import CLIPTextConfig, CLIPTextModel
-    except ImportError:
-        raise ConfigError(
-            f"{source}: its text encoder is CLIP's, which needs transformers; or give conditioner="
-        ) from None
     if open_clip:
         fields, tensors = _open_clip_fields(tensors, layer, source)
     else:
         fields, tensors = _clip_fields(tensors, source)
+    model = _empty_model("CLIPTextModel", fields, source)
+    rows = make_rows(conditioner_places(model, open_clip), model.state_dict())
+    return _fill(model, to_fastldm(rows, tensors, model.state_dict(), source, torch_dtype))
+
+
+def load_projected_clip(
+    tensors: Mapping[str, Tensor], source: str, torch_dtype: torch.dtype | None
+) -> nn.Module:
+    """SDXL's second text encoder, a CLIPTextModelWithProjection.
+
+    Args:
+        tensors: in OpenCLIP's layout, ``model.…``.
+        source: for messages.
+        torch_dtype: of the result.
+
+    Raises:
+        CheckpointError: the weights are not those of OpenCLIP's text encoder.
+        ConfigError: transformers is not installed.
+    """
+    fields, kept = _open_clip_fields(tensors, "last", source)
+    projection = tensors.get(_PROJECTION)
+    if projection is None or projection.ndim != 2:
+        raise CheckpointError(f"{source}: no {_PROJECTION} [width, projection]")
+    # The token with the highest number ends a text, as for OpenAI's models.
+    fields |= {"projection_dim": projection.shape[1], "eos_token_id": 2}
+    model = _empty_model("CLIPTextModelWithProjection", fields, source)
+    expected = model.state_dict()
+    rows = make_rows(conditioner_places(model, open_clip=True), expected, [PROJECTION_WEIGHT])
+    state = to_fastldm(rows, kept, expected, source, torch_dtype)
+    dtype = torch_dtype or expected[PROJECTION_WEIGHT].dtype
+    state[PROJECTION_WEIGHT] = projection.T.to(dtype, copy=True).contiguous()
+    return _fill(model, state)
+
+
+def projected_clip_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a CLIPTextModelWithProjection in OpenCLIP's layout, ``model.…``."""
+    state = model.state_dict()
+    rows = make_rows(conditioner_places(model, open_clip=True), state, [PROJECTION_WEIGHT])
+    projection = state[PROJECTION_WEIGHT].detach().T.contiguous()
+    return {**to_compvis(rows, state), _PROJECTION: projection}
+
+
+def _empty_model(class_name: str, fields: Mapping[str, Any], source: str) -> nn.Module:
+    """A model of transformers without storage."""
+    try:
+        import transformers
+    except ImportError:
+        raise ConfigError(
+            f"{source}: its text encoder is CLIP's, which needs transformers; or give conditioner="
+        ) from None
     try:
         with torch.device("meta"):
-            model = CLIPTextModel(CLIPTextConfig(**fields))
+            config = transformers.CLIPTextConfig(**fields)
+            model: nn.Module = getattr(transformers, class_name)(config)
     except Exception as error:  # sizes that transformers refuses, in several ways
         raise CheckpointError(f"{source}: no CLIP text encoder has {fields}: {error}") from None
-    rows = make_rows(conditioner_places(model, open_clip), model.state_dict())
-    state = to_fastldm(rows, tensors, model.state_dict(), source, torch_dtype)
+    return model
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     model.load_state_dict(state, assign=True)
     # The one buffer that no file holds.
-    positions = torch.arange(fields["max_position_embeddings"]).expand(1, -1)
+    positions = torch.arange(model.config.max_position_embeddings).expand(1, -1)  # type: ignore[union-attr, arg-type]
     for module in model.modules():
         if "position_ids" in module._buffers:
             module._buffers["position_ids"] = positions.clone()

@@ -45,7 +45,7 @@ def conditioner_places(model: nn.Module, open_clip: bool = False) -> Places:
         return {"channel_mapper": Place("channel_mapper")}
     if isinstance(model, TextEncoder):
         return _bert_places(model)
-    if type(model).__name__ == "CLIPTextModel":
+    if type(model).__name__ in ("CLIPTextModel", "CLIPTextModelWithProjection"):
         return _open_clip_places(model) if open_clip else _clip_places(model)
     raise ConfigError(
         f"conditioner: CompVis's layout has no place for a {type(model).__name__}; accepted: "

@@ -36,7 +36,12 @@ _ATTENTION_TYPES = {
     "memory-efficient": "default",
     "linear": "linear",
 }
-CLASSES = {"AutoencoderKL": "AutoencoderKL", "VQModel": "VQModel", "VQModelInterface": "VQModel"}
+CLASSES = {
+    "AutoencoderKL": "AutoencoderKL",
+    "AutoencoderKLInferenceWrapper": "AutoencoderKL",
+    "VQModel": "VQModel",
+    "VQModelInterface": "VQModel",
+}
 """Our class for the last part of a ``target``."""
 
 

@@ -47,6 +47,30 @@ _IGNORED = frozenset(
 """Arguments about data, logging and training, which do not change what a model gives."""
 
 
+_ENGINE_IGNORED = frozenset(
+    {
+        "ckpt_path",
+        "compile_model",
+        "denoiser_config",
+        "disable_first_stage_autocast",
+        "ema_decay_rate",
+        "en_and_decode_n_samples_a_time",
+        "first_stage_config",
+        "input_key",
+        "log_keys",
+        "loss_fn_config",
+        "network_config",
+        "network_wrapper",
+        "no_cond_log",
+        "optimizer_config",
+        "sampler_config",
+        "scheduler_config",
+    }
+)
+"""The same of Stability's DiffusionEngine; its denoiser is that of ε with this schedule."""
+_ENGINE_SCHEDULE = {"linear_start": 0.00085, "linear_end": 0.012}
+
+
 @dataclass(frozen=True)
 class DiffusionParams:
     """Arguments of DDPM and LatentDiffusion that shape the model, with their defaults."""
@@ -120,6 +144,8 @@ def parse_ldm(config: Mapping[str, Any]) -> LDMParams:
         if kind is None:
             kind = "VQModel" if "n_embed" in params else "AutoencoderKL"
         return LDMParams(first_stage=parse_first_stage(kind, params, "params"))
+    if "network_config" in params:
+        return _parse_engine(params)
     if "unet_config" not in params:
         return LDMParams(condition=ConditionParams(target, params))
     return _parse_parts(params)
@@ -148,6 +174,33 @@ def _parse_parts(params: Mapping[str, Any]) -> LDMParams:
         _parse_first_stage(first_stage) if first_stage else None,
         _parse_condition(params.get("cond_stage_config")),
         unsupported,
+    )
+
+
+@dataclass(frozen=True)
+class _Engine:
+    """Arguments of DiffusionEngine, Stability's class for SDXL."""
+
+    scale_factor: float = 1.0
+    use_ema: bool = False
+
+
+def _parse_engine(params: Mapping[str, Any]) -> LDMParams:
+    engine = parse_fields(
+        _Engine,
+        {name: value for name, value in params.items() if name != "conditioner_config"},
+        "params",
+        _ENGINE_IGNORED,
+    )
+    network = child(params, "network_config", "params")
+    first_stage = child(params, "first_stage_config", "params")
+    return LDMParams(
+        DiffusionParams(
+            scale_factor=engine.scale_factor, use_ema=engine.use_ema, **_ENGINE_SCHEDULE
+        ),
+        _parse_unet(child(network, "params", "params.network_config"), "params.network_config"),
+        _parse_first_stage(first_stage) if first_stage else None,
+        unsupported=("conditioner_config",),
     )
 
 

@@ -48,6 +48,7 @@ _Model = TypeVar("_Model", bound=ModelMixin)
 _HEAD_FIELDS = ("attention_head_dim", "num_attention_heads", "num_head_channels")
 _SCALING_FACTORS = {"AutoencoderKL": 0.18215, "VQModel": 1.0}
 """Where neither file nor config says it: Stable Diffusion's, and that of CompVis's VQ models."""
+_SDXL_SCALING_FACTOR = 0.13025
 
 _PART_OF: dict[type[ModelMixin], str] = {
     UNet2DModel: "unet",
@@ -213,7 +214,9 @@ def scaling_factor(file: SingleFile, given: Given, class_name: str) -> float:
         if not 0 < value < float("inf"):
             raise CheckpointError(f"{file.source}: scale_factor is {list(buffer.shape)}, {value}")
         return value
-    return _SCALING_FACTORS[class_name] if diffusion is None else diffusion.scale_factor
+    if diffusion is not None:
+        return diffusion.scale_factor
+    return _SDXL_SCALING_FACTOR if file.embedders else _SCALING_FACTORS[class_name]
 
 
 def load_conditioner(kind: type[_Model], file: SingleFile, given: Given) -> _Model:

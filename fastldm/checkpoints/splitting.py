@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ UNET_PREFIX = "model.diffusion_model."
 EMA_PREFIX = "model_ema."
 FIRST_STAGE_PREFIX = "first_stage_model."
 CONDITION_PREFIX = "cond_stage_model."
+EMBEDDER_PREFIX = "conditioner.embedders."
 SCHEDULE_NAMES = (
     "betas",
     "alphas_cumprod",
@@ -41,6 +43,7 @@ _CONDITION_MARKS = (
 )
 _LOSS_PREFIXES = ("loss.", "model_ema.")
 """In a first stage: discriminator and perceptual loss, and averages that its users do not load."""
+_EMBEDDER = re.compile(re.escape(EMBEDDER_PREFIX) + r"(\d{1,2})\.(.+)")
 _EMA_STATE = ("decay", "num_updates")
 _EMA_MODEL = "diffusion_model"
 
@@ -55,6 +58,7 @@ class SingleFile:
         unet, first_stage, condition: weights.
         averages: moving averages of the UNet's weights, named without dots.
         ema_state: ``decay`` and ``num_updates`` of these.
+        embedders: of each of SDXL's text encoders, by number.
         others: names of what belongs to no part.
         is_bare: the file has one part, without prefixes.
     """
@@ -66,6 +70,7 @@ class SingleFile:
     condition: dict[str, Tensor] = field(default_factory=dict)
     averages: dict[str, Tensor] = field(default_factory=dict)
     ema_state: dict[str, Tensor] = field(default_factory=dict)
+    embedders: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     others: list[str] = field(default_factory=list)
     is_bare: bool = False
 
@@ -149,10 +154,13 @@ def split_tensors(tensors: Mapping[str, Tensor], source: str) -> SingleFile:
             file.root[name] = tensor
         elif name.removeprefix(EMA_PREFIX) in _EMA_STATE:
             file.ema_state[name.removeprefix(EMA_PREFIX)] = tensor
+        elif found := _EMBEDDER.fullmatch(name):
+            file.embedders.setdefault(int(found[1]), {})[found[2]] = tensor
         else:
             file.others.append(name)
     file.first_stage = _without_loss(file.first_stage)
-    if not (file.unet or file.averages or file.first_stage or file.condition):
+    parts_found = (file.unet, file.averages, file.first_stage, file.condition, file.embedders)
+    if not any(parts_found):
         raise CheckpointError(
             f"{source}: no part of a latent diffusion model in CompVis's layout; it holds "
             f"{', '.join(file.others[:3]) or ', '.join(file.root) or 'nothing'}"

@@ -16,6 +16,8 @@ IGNORED = frozenset(
 _ADDED_WIDTHS = (2816, 2560)
 """``adm_in_channels`` of SDXL's base and refiner: pooled text and six or five embedded numbers."""
 _NUMBER_WIDTH = 256
+_SDXL_SAMPLE_SIZE = 128
+"""Of 1024² pixels, where neither file nor config says it."""
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,10 @@ def _plain_fields(params: UNetParams) -> dict[str, Any]:
 
 def _transformer_fields(params: UNetParams) -> dict[str, Any]:
     if not isinstance(params.context_dim, int):
-        if params.context_dim is None or len(params.context_dim) != 1:
+        # Stability's refiner lists it once a transformer block.
+        if params.context_dim is None or len(set(params.context_dim)) != 1:
             raise ConfigError("context_dim: needed by use_spatial_transformer, one for all blocks")
-        (context_dim,) = params.context_dim
+        context_dim = params.context_dim[0]
     else:
         context_dim = params.context_dim
     fields: dict[str, Any] = {
@@ -192,6 +195,7 @@ def _class_fields(params: UNetParams) -> dict[str, Any]:
         return {
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": _NUMBER_WIDTH,
+            "sample_size": params.image_size or _SDXL_SAMPLE_SIZE,
             **added,
         }
     return {"class_embed_type": "projection", **added}

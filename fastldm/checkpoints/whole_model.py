@@ -157,6 +157,12 @@ def load_whole_model(
             "the first stage by from_single_file of their classes"
         )
     file = split_file(source)
+    if file.embedders:
+        raise ConfigError(
+            f"{file.source}: SDXL's conditioner, which LatentDiffusion has no part for; load the "
+            "UNet and the first stage by from_single_file of their classes, its text encoders by "
+            "fastldm.checkpoints.load_text_encoders, and put them into StableDiffusionXLPipeline"
+        )
     if file.others or file.is_bare:
         raise CheckpointError(
             f"{file.source}: not a whole model that fastldm knows, but "

@@ -15,17 +15,23 @@ import fastldm
 from fastldm import (
     AutoencoderKL,
     DDIMScheduler,
+    FirstStageLossConfig,
     LatentDiffusion,
+    PatchDiscriminator,
     UNet2DConditionModel,
     UNet2DModel,
     VQModel,
+    losses,
 )
 from fastldm.checkpoints import condition_params, first_stage_params
 from fastldm.checkpoints.first_stage_params import CoderParams
 from fastldm.checkpoints.ldm_params import DiffusionParams
+from fastldm.checkpoints.loss_params import KLLossParams, VQLossParams
 from fastldm.checkpoints.single_file import model_rows
 from fastldm.checkpoints.unet_params import UNetParams
 from fastldm.losses.diffusion import DiffusionLossConfig
+from fastldm.modules import distributions, quantize
+from fastldm.training import ema
 from tests.checkpoints.conftest import FACTS
 
 PAGE = Path(__file__).parents[2].joinpath("docs", "coming_from_compvis.md").read_text()
@@ -72,6 +78,13 @@ def test_classes() -> None:
             | {"AutoencoderKL", "VQModel", "false", "quantize.used"},
         ),
         (
+            "Arguments of the first stage's losses",
+            {field.name for kind in (KLLossParams, VQLossParams) for field in fields(kind)},
+            arguments(PatchDiscriminator)
+            | {field.name for field in fields(FirstStageLossConfig)}
+            | {"false", "lpips"},
+        ),
+        (
             "Arguments of `LatentDiffusion`",
             {field.name for field in fields(DiffusionParams)},
             arguments(DDIMScheduler, LatentDiffusion)
@@ -89,6 +102,18 @@ def test_arguments(heading: str, theirs: set[str], ours: set[str]) -> None:
     assert {names(left)[0] for left, _ in rows} == theirs
     for _, right in rows:
         assert set(names(right)) <= ours, right
+
+
+def test_training() -> None:
+    homes = (fastldm, losses, quantize, distributions, ema)
+    for _, ours in table("Training"):
+        for name in names(ours):
+            path = name.split("(")[0].split(".")
+            if path[0] in ("add_noise", "get_velocity"):
+                path = ["DDIMScheduler", *path]
+            owner = next(home for home in homes if hasattr(home, path[0]))
+            assert callable(getattr(owner, path[0]))
+            assert all(hasattr(getattr(owner, path[0]), leaf) for leaf in path[1:2])
 
 
 @pytest.mark.parametrize("file", sorted({names(row[0])[0] for row in table("Names of weights")}))

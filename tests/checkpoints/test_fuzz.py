@@ -18,9 +18,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastldm import LatentDiffusion, UNet2DModel, VQModel
-from fastldm.checkpoints import read_tensors
+from fastldm.checkpoints import load_text_encoders, read_tensors
 from fastldm.checkpoints.single_file import read_config
 from fastldm.errors import FastLDMError
+from tests.checkpoints.test_sdxl import clip_tensors, engine, make_projected, open_clip
 from tests.checkpoints.test_whole_model import MODELS, config_of, make
 
 FEW = settings(
@@ -124,6 +125,56 @@ def test_names_and_shapes(whole: dict[str, Tensor], data: st.DataObject) -> None
     for kind in (LatentDiffusion, UNet2DModel, VQModel):
         message = refusal(kind.from_single_file, tensors, config=config)
         assert message is None or 0 < len(message) < 5000
+
+
+@pytest.fixture(scope="module")
+def text_encoders() -> dict[str, Tensor]:
+    """Both of SDXL's, without storage."""
+    embedders = {"0": clip_tensors(), "1": open_clip(make_projected())}
+    return {
+        f"conditioner.embedders.{number}.{name}": tensor.to("meta")
+        for number, tensors in embedders.items()
+        for name, tensor in tensors.items()
+    }
+
+
+@FEW
+@given(data=st.data())
+def test_text_encoders(text_encoders: dict[str, Tensor], data: st.DataObject) -> None:
+    tensors = dict(text_encoders)
+    changed = data.draw(st.lists(st.sampled_from(sorted(tensors)), min_size=1, max_size=3))
+    for name in changed:
+        tensor = tensors.pop(name, None)
+        kind = data.draw(st.sampled_from(["drop", "rename", "reshape", "retype"]))
+        if kind == "rename":
+            parts = name.split(".")
+            number = data.draw(st.sampled_from(["0", "7", "99", "999999999", "x", ""]))
+            parts[data.draw(st.integers(0, len(parts) - 1))] = number
+            tensors[".".join(parts)] = torch.empty(2, 3, device="meta")
+        elif kind == "reshape":
+            shape = data.draw(st.lists(st.integers(0, 70), max_size=3))
+            tensors[name] = torch.empty(shape, device="meta")
+        elif kind == "retype" and tensor is not None:
+            tensors[name] = tensor.to(data.draw(st.sampled_from([torch.int8, torch.complex64])))
+    message = refusal(load_text_encoders, tensors)
+    assert message is None or 0 < len(message) < 5000
+
+
+ENGINE = engine("base")
+
+
+@FEW
+@given(changes=st.lists(st.tuples(st.sampled_from(paths(ENGINE)), VALUES), min_size=1, max_size=3))
+def test_configs_of_sdxl(changes: list[Any]) -> None:
+    config = copy.deepcopy(ENGINE)
+    for path, value in changes:
+        node = config
+        for key in path[:-1]:
+            node = node.get(key) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node[path[-1]] = value
+    message = refusal(read_config, config)
+    assert message is None or 0 < len(message) < 600
 
 
 HEADER_VALUES = st.one_of(
