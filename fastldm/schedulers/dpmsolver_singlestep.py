@@ -155,6 +155,9 @@ class DPMSolverSinglestepScheduler(DPMSolver):
     ) -> SchedulerOutput | tuple[Tensor]:
         """Go to the run's next noise level.
 
+        The order of a step decides what it does, so that `torch.compile` makes one graph a step:
+        compile the model alone.
+
         Args:
             model_output: the model's prediction, shape of `sample`; with a learned variance
                 [B, 2C, …].

@@ -68,6 +68,8 @@ class EulerDiscreteScheduler(ExplodingScheduler):
         self._set_schedule()
         self._set_limits()
 
+    _table_options = ((0.0, 0.0, float("inf")),)
+
     def _use_levels(
         self,
         timesteps: Levels,

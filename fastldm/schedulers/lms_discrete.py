@@ -15,6 +15,8 @@ from fastldm.schedulers.checks import check_integer
 from fastldm.schedulers.exploding import ExplodingScheduler
 from fastldm.schedulers.noise_levels import Levels
 
+_ORDER = 4
+
 
 class LMSDiscreteScheduler(ExplodingScheduler):
     """The linear multistep method, with diffusers' fields and defaults.
@@ -52,6 +54,8 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         self._set_schedule()
         self._set_limits()
 
+    _table_options = ((_ORDER,),)
+
     def _forget(self) -> None:
         self.derivatives: list[Tensor] = []
 
@@ -70,7 +74,7 @@ class LMSDiscreteScheduler(ExplodingScheduler):
         model_output: Tensor,
         timestep: float | Tensor,
         sample: Tensor,
-        order: int = 4,
+        order: int = _ORDER,
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """Go to the run's next noise level.

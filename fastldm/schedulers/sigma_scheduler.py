@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,10 +37,10 @@ _SPACINGS = {
 class SigmaScheduler(NoiseScheduler, ABC):
     """Base of the samplers that go down a list of noise levels σ = √((1−ᾱ)/ᾱ).
 
-    Which step comes next is counted on the host. Its scalars are a row of a table that is made at
-    the run's first step, on the device of the sample; from then on nothing is copied to or from the
+    Which step comes next is counted on the host. Its scalars are a row of a table that the run's
+    first step puts on the device of the sample; from then on nothing is copied to or from the
     device. The first step reads its time step back, unless `set_begin_index` says where the run
-    begins.
+    begins, which also computes the table, so that a compiled step finds it.
 
     Attributes:
         sigmas: the noise levels, the last included, on the CPU in `schedule_dtype`.
@@ -48,6 +48,9 @@ class SigmaScheduler(NoiseScheduler, ABC):
         step_index: position in `timesteps` of the next step; None before the first.
         begin_index: position of the first step, if it has been set.
     """
+
+    _table_options: ClassVar[tuple[tuple[float, ...], ...]] = ((),)
+    """Of the tables that steps read whose arguments have their defaults."""
 
     def _set_schedule(self) -> None:
         super()._set_schedule()
@@ -93,6 +96,9 @@ class SigmaScheduler(NoiseScheduler, ABC):
     def set_begin_index(self, begin_index: int | None = 0) -> None:
         """Say where in `timesteps` the run begins, for image-to-image sampling."""
         self._begin_index = begin_index
+        if begin_index is not None:
+            for options in self._table_options:
+                self._scalars(begin_index, *options)
 
     def set_timesteps(
         self,
@@ -177,6 +183,7 @@ class SigmaScheduler(NoiseScheduler, ABC):
         cast = np.ascontiguousarray(self._cast_timesteps(timesteps))
         self.timesteps = torch.from_numpy(cast).to(device)
         self._tables = {}
+        self._computed: dict[tuple[float, ...], Tensor] = {}
         self._step_index: int | None = None
         self._begin_index = None
         self._first_index = 0
@@ -259,9 +266,16 @@ class SigmaScheduler(NoiseScheduler, ABC):
         dtype = compute_dtype(sample)
         key = (self._first_index, sample.device, dtype, *options)
         if key not in self._tables:
-            table = self._make_table(self._first_index, *options)
+            table = self._scalars(self._first_index, *options)
             self._tables[key] = table.to(sample.device, dtype)
         return self._tables[key]
+
+    def _scalars(self, first_index: int, *options: float) -> Tensor:
+        """What `_make_table` gives, computed once a run."""
+        key = (first_index, *options)
+        if key not in self._computed:
+            self._computed[key] = self._make_table(first_index, *options)
+        return self._computed[key]
 
     def _linear_step(
         self,

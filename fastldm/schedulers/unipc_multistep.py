@@ -112,6 +112,8 @@ class UniPCMultistepScheduler(PreservingScheduler):
         self.solver_order = solver_order
         self.disable_corrector = list(disable_corrector)
 
+    _table_options = ((_PREDICTION,), (_CORRECTION,), (_AFTER_CORRECTION,))
+
     def _forget(self) -> None:
         self.model_outputs: list[Tensor] = []
         self.last_sample: Tensor | None = None

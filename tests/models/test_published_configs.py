@@ -61,8 +61,16 @@ def test_the_fields_are_diffusers_fields_and_the_extensions(name: str) -> None:
         assert actual == expected or (actual, expected) in ((False, None), (None, False)), field
 
 
+def shortened(depths: int | list[int]) -> int | list[int]:
+    """Fewer transformer layers, still one or several, and another number where a level has one."""
+    if isinstance(depths, int):
+        return min(depths, 2)
+    ranks = sorted(set(depths))
+    return [ranks.index(depth) + 1 for depth in depths]
+
+
 def narrowed(config: dict[str, Any]) -> dict[str, Any]:
-    """The same model with few channels; only widths change."""
+    """The same model with few channels and transformer layers."""
     widths = sorted(set(config["block_out_channels"]))
     channels = [8 * NARROW[widths.index(width)] for width in config["block_out_channels"]]
     changes: dict[str, Any] = {"block_out_channels": channels, "norm_num_groups": 4}
@@ -77,6 +85,8 @@ def narrowed(config: dict[str, Any]) -> dict[str, Any]:
         changes["attention_head_dim"] = [1, 2, 4, 4][: len(heads)]
     if "cross_attention_dim" in config:
         changes["cross_attention_dim"] = 12
+    if "transformer_layers_per_block" in config:
+        changes["transformer_layers_per_block"] = shortened(config["transformer_layers_per_block"])
     if config.get("addition_embed_type"):
         numbers = 6 if len(channels) == 3 else 5
         changes["addition_time_embed_dim"] = 6
