@@ -150,7 +150,11 @@ def save_weights(
         independent[name] = value.clone() if value.numel() and pointer in seen else value
         seen.add(pointer)
     with atomic_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(independent, temporary, metadata={"format": "pt", **(metadata or {})})
+        # safetensors leaves a file that only its owner may read, whatever the umask.
+        temporary.chmod(mode)
 
 
 def load_weights(path: str | Path, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
