@@ -22,6 +22,7 @@ COMMANDS = {
     "reconstruct": "encode and decode images with a first stage",
     "evaluate": "measure PSNR, SSIM, LPIPS, rFID, codebook usage or FID",
     "study": "train under one budget at each f, and draw quality against cost",
+    "profile": "what diffusion costs at each downsampling factor, counted and measured",
     "env": "show versions, devices and which backend serves each operator",
 }
 _USAGE_ERROR = 2
