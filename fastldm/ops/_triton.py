@@ -50,7 +50,9 @@ def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory that one block can have."""
     if device.type != "cuda":
         return SHARED_BYTES
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    # Any: torch's stubs before 2.15 leave this property out.
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)
 
 
 def device_key(device: torch.device) -> str:
