@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -12,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastldm import ops
@@ -132,18 +132,16 @@ class _Counting(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        family = family_of(str(func)) or "other"
-        formula = flop_registry.get(func.overloadpacket)
+        moves, family, formula = _known(func)
+        if moves == "nothing":
+            return result
         if formula is not None:
             self.cost.flops[family] += formula(*args, **kwargs, out_val=result)
-        outputs = _tensors(result)
-        plain_name = func.overloadpacket.__name__
-        if func.is_view or plain_name in _VIEWS:
-            return result
-        if plain_name in _MAKES_EMPTY:
+        outputs = _tensors((result,))
+        if moves == "no bytes":
             moved, made = 0, outputs
         else:
-            inputs = _tensors((args, kwargs))
+            inputs = _tensors((*args, *kwargs.values()))
             moved = sum(map(_nbytes, inputs)) + sum(map(_nbytes, outputs))
             given = {tensor.untyped_storage()._cdata for tensor in inputs}
             made = [t for t in outputs if t.untyped_storage()._cdata not in given]
@@ -164,8 +162,24 @@ class _Counting(TorchDispatchMode):
         self._held -= size
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+@functools.cache
+def _known(func: Any) -> tuple[str, str, Callable[..., int] | None]:
+    """What an operator moves, its family, and its FLOP formula."""
+    name = func.overloadpacket.__name__
+    is_view = func.is_view or name in _VIEWS
+    moves = "nothing" if is_view else "no bytes" if name in _MAKES_EMPTY else "operands"
+    return moves, family_of(str(func)) or "other", flop_registry.get(func.overloadpacket)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Those among arguments, and in lists of them."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -134,7 +134,8 @@ def _draw_throughput(figure: Figure, report: dict[str, Any]) -> bool:
                 _line(panel, cells, rates, kind, linestyle=style, label=label)
         what = "sampled" if task == "sample" else "trained on, from a latent cache"
         _by_f(panel, report, f"images a second {what}")
-        panel.legend(fontsize=8)
+        if found:
+            panel.legend(fontsize=8)
     return found
 
 

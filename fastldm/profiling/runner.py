@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -170,7 +171,7 @@ class Profile:
         def work() -> dict[str, float]:
             return measure_roofs(self._device, self._dtype).as_dict()
 
-        return Roofs(**self._kept("roofs", {}, 0.0, work))
+        return Roofs(**self._kept("roofs", {}, -math.inf, work))
 
     def _conditions(self) -> Conditions:
         assert self._roofs is not None
