@@ -13,7 +13,7 @@ from fastldm.profiling.batches import largest_batch
 from fastldm.profiling.costs import LDMCosts
 from fastldm.profiling.device import Roofs, available_memory, median_seconds
 from fastldm.profiling.specs import LDMSpec
-from fastldm.profiling.tracing import peak_memory, time_by_family
+from fastldm.profiling.tracing import fastest_by_family, peak_memory
 from fastldm.profiling.workloads import BACKENDS, Call, Sampling, Training
 
 _ALLOCATOR_SHARE = 1.25
@@ -46,6 +46,10 @@ class Conditions:
     def seconds(self, call: Call | None) -> float:
         """The median time of a call; 0 for one that there is not."""
         return 0.0 if call is None else median_seconds(call, self.device, self.budget)
+
+    def families(self, call: Call) -> dict[str, Any]:
+        """Where the time of a call goes."""
+        return fastest_by_family(call, self.device, self.budget).as_dict()
 
     def why_no_memory(self, what: str, needed: int) -> str | None:
         """Why so many bytes cannot be had, or None."""
@@ -101,14 +105,11 @@ def _sampling(spec: LDMSpec, costs: LDMCosts, conditions: Conditions) -> dict[st
             "peak_bytes": peak,
             **_shares(costs.step.total_flops, costs.step.total_bytes, step, conditions.roofs),
         },
-        "families": {
-            backend: time_by_family(work.step(1, backend), conditions.device).as_dict()
-            for backend in BACKENDS
-        },
+        "families": {backend: conditions.families(work.step(1, backend)) for backend in BACKENDS},
     }
     decoding = work.decode(1)
     if decoding is not None:
-        found["decode_families"] = time_by_family(decoding, conditions.device).as_dict()
+        found["decode_families"] = conditions.families(decoding)
 
     def rate(batch_size: int) -> dict[str, Any]:
         peak = _sampling_peak(work, batch_size, conditions)
@@ -165,10 +166,7 @@ def _training(spec: LDMSpec, costs: LDMCosts, conditions: Conditions) -> dict[st
             "peak_bytes": peak,
             **_shares(costs.train.total_flops, costs.train.total_bytes, step, conditions.roofs),
         },
-        "families": {
-            backend: time_by_family(work.step(1, backend), conditions.device).as_dict()
-            for backend in BACKENDS
-        },
+        "families": {backend: conditions.families(work.step(1, backend)) for backend in BACKENDS},
     }
 
     def rate(batch_size: int) -> dict[str, Any]:

@@ -24,6 +24,8 @@ _FAMILY_COLOURS = {
     "lookup": "#D55E00",
     "other": "#BBBBBB",
 }
+_WIDTH = 4.8
+"""Inches: a column of a page, and as wide as a phone with text that can be read."""
 _STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -56,7 +58,7 @@ def draw(name: str, report: dict[str, Any]) -> Figure | None:
     from matplotlib.figure import Figure
 
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+        figure = Figure(figsize=(_WIDTH, 3.6), layout="constrained")
         drawn = PLOTS[name](figure, report)
         if drawn:
             figure.suptitle(TITLES[name], fontsize=11, fontweight="bold")
@@ -103,24 +105,26 @@ def _line(
 
 
 def _draw_costs(figure: Figure, report: dict[str, Any]) -> bool:
-    left, right = figure.subplots(1, 2)
+    figure.set_size_inches(_WIDTH, 6.4)
+    sampling, training = figure.subplots(2)
     for kind, cells in _series(report):
         label = _LABELS[kind]
         samples = [cell["cost"]["sample"]["flops"] / 1e12 for cell in cells]
         cached = [cell["cost"]["train_from_cache"]["flops"] / 1e9 for cell in cells]
         encoded = [cell["cost"]["train_from_image"]["flops"] / 1e9 for cell in cells]
-        _line(left, cells, samples, kind, label=label)
-        _line(right, cells, cached, kind, label=f"{label}, from a latent cache")
-        _line(right, cells, encoded, kind, linestyle=":", label=f"{label}, encoding")
-    _by_f(left, report, f"TFLOP an image sampled ({report['settings']['steps']} steps)")
-    _by_f(right, report, "GFLOP a training image")
-    left.legend(fontsize=8)
-    right.legend(fontsize=8)
+        _line(sampling, cells, samples, kind, label=label)
+        _line(training, cells, cached, kind, label=f"{label}, from a latent cache")
+        _line(training, cells, encoded, kind, linestyle=":", label=f"{label}, encoding")
+    _by_f(sampling, report, f"TFLOP an image ({report['settings']['steps']} steps)")
+    _by_f(training, report, "GFLOP a training image")
+    sampling.legend(fontsize=8)
+    training.legend(fontsize=8)
     return True
 
 
 def _draw_throughput(figure: Figure, report: dict[str, Any]) -> bool:
-    axes = figure.subplots(1, 2)
+    figure.set_size_inches(_WIDTH, 6.4)
+    axes = figure.subplots(2)
     found = False
     for panel, task in zip(axes, ("sample", "train"), strict=True):
         for kind, cells in _series(report):
@@ -132,8 +136,8 @@ def _draw_throughput(figure: Figure, report: dict[str, Any]) -> bool:
                 found = found or any(rates)
                 label = f"{_LABELS[kind]}, {'batch 1' if batch == 'batch_1' else 'largest batch'}"
                 _line(panel, cells, rates, kind, linestyle=style, label=label)
-        what = "sampled" if task == "sample" else "trained on, from a latent cache"
-        _by_f(panel, report, f"images a second {what}")
+        what = "images sampled" if task == "sample" else "training images"
+        _by_f(panel, report, f"{what} a second")
         if found:
             panel.legend(fontsize=8)
     return found
@@ -143,7 +147,7 @@ def _draw_families(figure: Figure, report: dict[str, Any]) -> bool:
     cells = [cell for cell in report["cells"] if cell["measured"].get("sample", {}).get("families")]
     if not cells:
         return False
-    figure.set_size_inches(6.0, 1.6 + 0.42 * len(cells))
+    figure.set_size_inches(_WIDTH, 1.6 + 0.42 * len(cells))
     axes = figure.subplots()
     height, labels = 0.38, []
     for place, cell in enumerate(cells):
@@ -160,7 +164,7 @@ def _draw_families(figure: Figure, report: dict[str, Any]) -> bool:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel("share of the slower one's time (above: plain torch, below: fastldm)")
+    axes.set_xlabel("of the slower one's time (above plain torch, below fastldm)")
     handles = [_patch(_FAMILY_COLOURS[family]) for family in FAMILIES]
     figure.legend(handles, FAMILIES, ncols=3, fontsize=8, loc="outside lower center")
     return True
