@@ -35,7 +35,7 @@ from fastldm.training.optimization import (
     peak_learning_rate,
 )
 from fastldm.training.registry import DISCRIMINATORS, FIRST_STAGES, build
-from fastldm.training.validation import HeldOutImages
+from fastldm.training.validation import HeldOutImages, evenly_spaced
 
 Autoencoder = AutoencoderKL | VQModel
 
@@ -232,7 +232,9 @@ class AutoencoderTrainer:
 
     def draw(self) -> dict[str, np.ndarray]:
         """Held-out images, each with its reconstruction to its right."""
-        images = self.held_out.images[: self.config.sample_images].to(self.environment.device)
+        held_out = self.held_out.images
+        images = held_out[evenly_spaced(self.config.sample_images, len(held_out))]
+        images = images.to(self.environment.device)
         pairs = torch.stack([images, self._reconstruct(images)], dim=1).flatten(0, 1)
         return {"reconstructions": image_grid(pairs, columns=8)}
 

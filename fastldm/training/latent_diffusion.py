@@ -42,7 +42,7 @@ from fastldm.training.optimization import (
     peak_learning_rate,
 )
 from fastldm.training.registry import load_first_stage
-from fastldm.training.validation import fixed_items
+from fastldm.training.validation import evenly_spaced, fixed_items
 
 _CALIBRATION_ITEMS = 4096
 _TOKENIZER = "tokenizer"
@@ -263,13 +263,14 @@ class LatentDiffusionTrainer:
     def draw(self) -> dict[str, np.ndarray]:
         """Samples of the averaged model, with the captions or classes of held-out images."""
         config = self.config
-        count = min(config.sample_images, len(self.fixed["raw"]))
+        shown = evenly_spaced(config.sample_images, len(self.fixed["raw"]))
         cond = condition_of(config, self.fixed)
-        cond = None if cond is None else cond[:count]
+        if cond is not None:
+            cond = cond[shown] if isinstance(cond, Tensor) else [cond[number] for number in shown]
         guidance = 1.0 if cond is None else config.sampling.guidance_scale
         with self.diffusion.using(**self._averaged()), self.environment.autocast():
             images = self.diffusion.sample(
-                count,
+                len(shown),
                 conditioning=cond,
                 num_inference_steps=config.sampling.num_inference_steps,
                 guidance_scale=guidance,

@@ -39,8 +39,13 @@ def fixed_items(config: DataConfig, count: int, split: str | None = None) -> dic
         dataset = load_images(quiet, split="test" if split == "test" else "train", augment=False)
     if not isinstance(dataset, ImageDataset):
         return collate(list(islice(dataset, count)))
-    count = min(count, len(dataset))
-    return collate([dataset[number * len(dataset) // count] for number in range(count)])
+    return collate([dataset[number] for number in evenly_spaced(count, len(dataset))])
+
+
+def evenly_spaced(count: int, total: int) -> list[int]:
+    """Up to `count` of the numbers 0…total−1, so that images sorted by class show every class."""
+    count = min(count, total)
+    return [number * total // count for number in range(count)]
 
 
 class HeldOutImages:
