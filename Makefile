@@ -53,8 +53,8 @@ sanitize: setup-test ## C++ kernels under AddressSanitizer and UndefinedBehavior
 	cd build/sanitize && $(SANITIZED) -m pytest tests/ops -p no:cacheprovider --capture=sys \
 		-k 'cpp or search or device_logic' --deselect tests/ops/vector_quantize/test_memory.py
 
-bench: setup-test ## run the benchmarks
-	$(PY) -m pytest benchmarks $(PYTEST_ARGS)
+bench: setup-test ## run the benchmarks, without the slow ones (all: pytest benchmarks)
+	$(PY) -m pytest benchmarks -m 'not slow' $(PYTEST_ARGS)
 
 lint: setup-test ## ruff, mypy and import-linter
 	$(PY) -m ruff check .

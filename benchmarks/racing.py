@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.disturbance import watched
 from benchmarks.memory import peak_bytes
 from benchmarks.timing import Contestants, Times, interleaved
 
@@ -19,6 +20,8 @@ class Measured:
     """Median time over the first contestant's, in each run."""
     peak_bytes: dict[str, int] = field(default_factory=dict)
     """See `benchmarks.memory.peak_bytes`."""
+    disturbance: float | None = None
+    """See `benchmarks.disturbance`."""
 
 
 def run_race(
@@ -41,7 +44,8 @@ def run_race(
         for call in contestants.values():
             call()
         return Measured()
-    found = [interleaved(contestants, rounds, benchmark._timer) for _ in range(runs)]
+    with watched() as disturbance:
+        found = [interleaved(contestants, rounds, benchmark._timer) for _ in range(runs)]
     peaks = {name: peak_bytes(call, device) for name, call in contestants.items()}
     times, ratios = {}, {}
     for name in contestants:
@@ -51,7 +55,7 @@ def run_race(
         first = next(iter(contestants))
         ratios[name] = [run[name].quartiles.median / run[first].quartiles.median for run in found]
     _hand_over(benchmark, times, ratios, peaks)
-    return Measured(times, ratios, peaks)
+    return Measured(times, ratios, peaks, disturbance.share)
 
 
 def _hand_over(

@@ -20,7 +20,8 @@ _PEERS = ("diffusers", "faiss-cpu", "vector-quantize-pytorch")
 def write(path: Path, measured: Mapping[str, Measured], device: str = "cpu") -> None:
     """As JSON: of each contestant of each benchmark quartiles in microseconds and peak memory.
 
-    Where there were several runs, the ratios to the first contestant in each are there, too.
+    Where there were several runs, the ratios to the first contestant in each are there, too; and
+    what share of the processors other programs had meanwhile.
     """
     content = {
         "stamp": stamp(device),
@@ -43,6 +44,11 @@ def write(path: Path, measured: Mapping[str, Measured], device: str = "cpu") -> 
             }
             for test, found in measured.items()
             if any(len(ratios) > 1 for ratios in found.ratios.values())
+        },
+        "disturbance": {
+            test: round(found.disturbance, 3)
+            for test, found in measured.items()
+            if found.disturbance is not None
         },
     }
     path.parent.mkdir(parents=True, exist_ok=True)
