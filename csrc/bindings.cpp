@@ -28,6 +28,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cross_attention_fwd", &fastldm::cross_attention_fwd, unlocked);
   module.def("cross_attention_bwd", &fastldm::cross_attention_bwd, unlocked);
   module.def("diffusion_step_fwd", &fastldm::diffusion_step_fwd, unlocked);
+  module.def("group_norm_silu", &fastldm::group_norm_silu, unlocked);
   module.def("group_norm_silu_fwd", &fastldm::group_norm_silu_fwd, unlocked);
   module.def("group_norm_silu_bwd", &fastldm::group_norm_silu_bwd, unlocked);
   module.def("vector_quantize_fwd", &fastldm::vector_quantize_fwd, unlocked);

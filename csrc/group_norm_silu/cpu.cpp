@@ -25,13 +25,24 @@ bool has_channels_innermost(const Tensor& x) {
   return x.dim() > 2 && x.stride(1) == 1 && !x.is_contiguous();
 }
 
+// torch's name for the layout, where it has one.
+std::optional<at::MemoryFormat> format_of(const Tensor& x, bool channels_last) {
+  if (!channels_last) return at::MemoryFormat::Contiguous;
+  if (x.dim() == 4) return at::MemoryFormat::ChannelsLast;
+  if (x.dim() == 5) return at::MemoryFormat::ChannelsLast3d;
+  return {};
+}
+
 Tensor dense(const Tensor& x, bool channels_last) {
-  return channels_last ? x.movedim(1, -1).contiguous().movedim(-1, 1) : x.contiguous();
+  if (const auto format = format_of(x, channels_last)) return x.contiguous(*format);
+  return x.movedim(1, -1).contiguous().movedim(-1, 1);
 }
 
 Tensor empty_in_layout(const Tensor& x, bool channels_last) {
-  return channels_last ? at::empty_like(x.movedim(1, -1)).movedim(-1, 1)
-                       : at::empty_like(x, at::MemoryFormat::Contiguous);
+  if (const auto format = format_of(x, channels_last)) {
+    return at::empty(x.sizes(), x.options(), *format);
+  }
+  return at::empty_like(x.movedim(1, -1)).movedim(-1, 1);
 }
 
 // The operands of a call, dense and in the types that the kernels take. Holds what they point to.
@@ -47,29 +58,33 @@ class Call {
         eps_(eps),
         silu_(silu) {
     TORCH_CHECK(x.device().is_cpu(), "x: expected a CPU tensor");
-    TORCH_CHECK(x.dim() >= 2 && num_groups > 0 && x.size(1) % num_groups == 0,
+    TORCH_CHECK(x.dim() >= 2 && x.size(1) > 0 && (x.numel() > 0 || x.size(0) == 0),
+                "x: expected [B, C, *spatial] with at least one channel and one pixel");
+    TORCH_CHECK(num_groups > 0 && x.size(1) % num_groups == 0,
                 "num_groups: expected a divisor of the channels");
-    const int64_t channels = x.size(1), each = x.size(0) * channels;
-    weight_ = parameter(weight, channels);
-    bias_ = parameter(bias, channels);
-    channel_add_ = parameter(channel_add, each);
-    scale_ = parameter(scale, each);
-    shift_ = parameter(shift, each);
+    const int64_t batch = x.size(0), channels = x.size(1);
+    weight_ = parameter(weight, {channels});
+    bias_ = parameter(bias, {channels});
+    channel_add_ = parameter(channel_add, {batch, channels});
+    scale_ = parameter(scale, {batch, channels});
+    shift_ = parameter(shift, {batch, channels});
     if (residual) residual_ = like_x(*residual);
   }
 
   // In the dtype and layout of x.
   Tensor like_x(const Tensor& value) const {
-    TORCH_CHECK(value.sizes() == x.sizes() && value.scalar_type() == x.scalar_type(),
-                "expected the shape and dtype of x");
+    TORCH_CHECK(value.sizes() == x.sizes() && value.scalar_type() == x.scalar_type() &&
+                    value.device() == x.device(),
+                "expected the shape, dtype and device of x");
     return dense(value, channels_last);
   }
 
-  Tensor parameter(const OptionalTensor& value, int64_t count) const {
+  Tensor parameter(const OptionalTensor& value, at::IntArrayRef sizes) const {
     if (!value) return {};
-    TORCH_CHECK(value->numel() == count, "a parameter has ", value->numel(), " elements, expected ",
-                count);
-    return value->to(type).contiguous();
+    TORCH_CHECK(value->sizes() == sizes && value->is_floating_point() && value->device().is_cpu(),
+                "a parameter has the shape ", value->sizes(), ", expected ", sizes,
+                " in a floating dtype on the CPU");
+    return (value->scalar_type() == type ? *value : value->to(type)).contiguous();
   }
 
   int64_t pixels() const { return x.numel() ? x.numel() / (x.size(0) * x.size(1)) : 0; }
@@ -162,22 +177,35 @@ void backward(const Call& call, const Tensor& grad_y, const Tensor& mean, const 
   });
 }
 
+// The statistics are kept where they are given a place.
+Tensor forward(const Call& call, const Tensor& mean, const Tensor& rstd) {
+  const Tensor y = empty_in_layout(call.x, call.channels_last);
+  if (call.type == at::kDouble) {
+    forward<double>(call, y, mean, rstd);
+  } else {
+    forward<float>(call, y, mean, rstd);
+  }
+  return y;
+}
+
 }  // namespace
+
+Tensor group_norm_silu(const Tensor& x, int64_t num_groups, const OptionalTensor& weight,
+                       const OptionalTensor& bias, double eps, bool silu,
+                       const OptionalTensor& channel_add, const OptionalTensor& residual,
+                       const OptionalTensor& scale, const OptionalTensor& shift) {
+  return forward({x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift}, {},
+                 {});
+}
 
 std::tuple<Tensor, Tensor, Tensor> group_norm_silu_fwd(
     const Tensor& x, int64_t num_groups, const OptionalTensor& weight, const OptionalTensor& bias,
     double eps, bool silu, const OptionalTensor& channel_add, const OptionalTensor& residual,
     const OptionalTensor& scale, const OptionalTensor& shift) {
   const Call call(x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift);
-  const Tensor y = empty_in_layout(call.x, call.channels_last);
   const Tensor mean = at::empty({x.size(0), num_groups}, x.options().dtype(call.type));
-  const Tensor rstd = at::empty_like(mean);
-  if (call.type == at::kDouble) {
-    forward<double>(call, y, mean, rstd);
-  } else {
-    forward<float>(call, y, mean, rstd);
-  }
-  return {y, mean, rstd};
+  const Tensor rstd = at::empty({x.size(0), num_groups}, x.options().dtype(call.type));
+  return {forward(call, mean, rstd), mean, rstd};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
@@ -187,8 +215,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> group_norm_silu_bwd(
     const OptionalTensor& scale, const OptionalTensor& shift, const std::vector<bool>& wanted) {
   const Call call(x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift);
   const Tensor upstream = call.like_x(grad_y);
-  const Tensor means = call.parameter(mean, call.tasks()),
-               rstds = call.parameter(rstd, call.tasks());
+  const Tensor means = call.parameter(mean, {x.size(0), num_groups}),
+               rstds = call.parameter(rstd, {x.size(0), num_groups});
   const Tensor grad_x = wanted[0] ? empty_in_layout(call.x, call.channels_last) : Tensor();
   const OptionalTensor* parameters[] = {&weight, &bias, &channel_add, &scale, &shift};
   std::vector<Tensor> gradients(std::size(parameters));

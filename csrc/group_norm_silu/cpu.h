@@ -11,6 +11,12 @@ namespace fastldm {
 
 using OptionalTensor = std::optional<at::Tensor>;
 
+// Returns y in the layout of x.
+at::Tensor group_norm_silu(const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight,
+                           const OptionalTensor& bias, double eps, bool silu,
+                           const OptionalTensor& channel_add, const OptionalTensor& residual,
+                           const OptionalTensor& scale, const OptionalTensor& shift);
+
 // Returns y in the layout of x, the mean and 1/sqrt(variance + eps).
 std::tuple<at::Tensor, at::Tensor, at::Tensor> group_norm_silu_fwd(
     const at::Tensor& x, int64_t num_groups, const OptionalTensor& weight,

@@ -9,6 +9,16 @@ from torch import Tensor
 from fastldm.ops._extension import extension
 
 
+def group_norm_silu(x: Tensor, *arguments: Any) -> Tensor:
+    """The first result of `group_norm_silu_fwd` alone.
+
+    Raises:
+        RuntimeError, TypeError: an argument is one that the functional does not accept.
+    """
+    result: Tensor = extension().group_norm_silu(x, *arguments)
+    return result
+
+
 def group_norm_silu_fwd(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """As the reference's; x is read twice and y written once."""
     result: tuple[Tensor, Tensor, Tensor] = extension().group_norm_silu_fwd(x, *arguments)

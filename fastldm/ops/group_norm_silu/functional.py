@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastldm.errors import ConfigError
 from fastldm.ops import _checks, _direct, _dispatch, _schema
-from fastldm.ops.group_norm_silu import reference
+from fastldm.ops.group_norm_silu import cpp, reference
 
 
 def group_norm_silu(
@@ -54,10 +54,23 @@ def group_norm_silu(
         ConfigError: an argument has a shape, dtype, device or value that is not accepted.
         BackendUnavailableError: the backend asked for by name cannot serve this call.
     """
+    operands = (weight, bias, channel_add, residual, scale, shift)
+    silu = activation == "silu"
+    if (
+        (silu or activation is None)
+        and _dispatch.prefers_cpp(x)
+        and _direct.may_call_kernel(x, *operands)
+    ):
+        # The kernel refuses what the checks refuse. They cost more time than a small tensor, and
+        # are to say what is wrong.
+        try:
+            return cpp.group_norm_silu(
+                x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift
+            )
+        except (RuntimeError, TypeError):
+            pass
     _check(x, num_groups, weight, bias, activation, channel_add, residual, scale, shift)
     backend = _dispatch.choose("group_norm_silu", x, num_groups)
-    silu = activation == "silu"
-    operands = (weight, bias, channel_add, residual, scale, shift)
     if backend == "reference":
         # The plain formula, not the raw operator: torch's own autograd of it is faster, eager, than
         # a second trip through Python, and the compiler fuses it with the convolutions' biases and

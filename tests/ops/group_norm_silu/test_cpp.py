@@ -149,6 +149,27 @@ def test_one_outlier(layout: str, position: int, laid_out: Any) -> None:
     torch.testing.assert_close(found, exact, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_mean_that_moves(axis: int, layout: str, laid_out: Any) -> None:
+    """From channel to channel or row to row, by far more than the deviation around it."""
+    steps = (-1.0) ** torch.arange(64) * torch.linspace(1e3, 1e4, 64)
+    x = torch.randn(1, 64, 64, 8) + steps.view([-1 if i == axis else 1 for i in range(4)])
+    exact = torch.nn.functional.group_norm(x.double(), 2)
+    plain = torch.nn.functional.group_norm(x, 2)
+    found = group_norm_silu(laid_out(x, layout), 2, activation=None)
+    allowed = 2 * (plain - exact).abs().max() + 2 * torch.finfo(x.dtype).eps * exact.abs().max()
+    assert (found - exact).abs().max() <= allowed
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inference_gives_the_bits_of_training(layout: str, laid_out: Any) -> None:
+    """It has an entry of its own, which keeps no statistics."""
+    x = laid_out(torch.randn(3, 48, 17, 19), layout)
+    found = group_norm_silu(x, 8)
+    assert torch.equal(found, group_norm_silu(x.requires_grad_(), 8).detach())
+
+
 @pytest.mark.parametrize("capability", ["default", "avx2"])
 def test_other_instruction_sets(capability: str) -> None:
     """In a process of its own, because the choice is made once."""
