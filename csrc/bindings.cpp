@@ -3,6 +3,7 @@
 
 #include "cross_attention/cpu.h"
 #include "diffusion_step/cpu.h"
+#include "geglu/cpu.h"
 #include "group_norm_silu/cpu.h"
 #include "vector_quantize/cpu.h"
 #include "vector_quantize/search_kernels.h"
@@ -28,6 +29,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("cross_attention_fwd", &fastldm::cross_attention_fwd, unlocked);
   module.def("cross_attention_bwd", &fastldm::cross_attention_bwd, unlocked);
   module.def("diffusion_step_fwd", &fastldm::diffusion_step_fwd, unlocked);
+  module.def("geglu_fwd", &fastldm::geglu_fwd, unlocked);
+  module.def("geglu_bwd", &fastldm::geglu_bwd, unlocked);
   module.def("group_norm_silu", &fastldm::group_norm_silu, unlocked);
   module.def("group_norm_silu_fwd", &fastldm::group_norm_silu_fwd, unlocked);
   module.def("group_norm_silu_bwd", &fastldm::group_norm_silu_bwd, unlocked);

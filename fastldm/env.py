@@ -130,6 +130,8 @@ def _example(op_name: str, device: str) -> tuple[Tensor | int, ...]:
     x = torch.zeros(1, 4, 2, 2, device=device)
     if op_name == "group_norm_silu":
         return x, 2
+    if op_name == "geglu":
+        return (x,)
     if op_name == "cross_attention":
         return x, x, x
     if op_name == "vector_quantize":

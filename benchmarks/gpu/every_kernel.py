@@ -32,6 +32,7 @@ def calls() -> Iterator[tuple[str, Call]]:
         yield "cross_attention", _attention(width)
     for sampler in ("ddim", "ddpm"):
         yield "diffusion_step", _step(sampler)
+    yield "geglu", _gated
     for depth, codes in _CODEBOOKS:
         for channels_last in (False, True):
             yield "vector_quantize", _lookup(depth, codes, channels_last)
@@ -89,6 +90,12 @@ def _step(sampler: str) -> Call:
         return plain, guided, step(sample, strided, row, seed=seed, offset=offset)
 
     return call
+
+
+def _gated(device: str) -> object:
+    hidden = torch.randn(3, 7, 2 * 74, device=device).half().requires_grad_()
+    y = ops.geglu(hidden)
+    return torch.autograd.grad(y, hidden, torch.randn_like(y))
 
 
 def _lookup(depth: int, codes: int, channels_last: bool) -> Call:

@@ -12,7 +12,7 @@ from fastldm.ops import _triton
 COMPILED = "torch.compile"
 _C = TypeVar("_C", bound=Callable[..., Any])
 
-_TRITON = ("group_norm_silu", "cross_attention", "diffusion_step")
+_TRITON = ("group_norm_silu", "cross_attention", "diffusion_step", "geglu")
 
 
 def backend_of(operator: str, device: str) -> str:

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastldm import ops
 from fastldm.modules.activations import group_norm
 from fastldm.modules.attention import Attention
 
@@ -25,8 +25,7 @@ class GEGLU(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., dim_in] → [..., dim_out]."""
-        hidden_states, gate = self.proj(hidden_states).chunk(2, dim=-1)
-        return hidden_states * F.gelu(gate)
+        return ops.geglu(self.proj(hidden_states))
 
 
 class FeedForward(nn.Module):

@@ -25,6 +25,7 @@ from fastldm.ops.diffusion_step.functional import (
     dynamic_threshold,
     predict_original_sample,
 )
+from fastldm.ops.geglu.functional import geglu
 from fastldm.ops.group_norm_silu.functional import group_norm_silu
 from fastldm.ops.vector_quantize.functional import (
     CodebookStatistics,
@@ -53,6 +54,7 @@ __all__ = [
     "ddpm_step",
     "dynamic_threshold",
     "explain",
+    "geglu",
     "group_norm_silu",
     "predict_original_sample",
     "vector_quantize",

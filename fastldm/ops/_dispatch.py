@@ -22,7 +22,7 @@ from fastldm.ops.cross_attention import plan, winners
 
 OPERATORS = (
     "group_norm_silu", "cross_attention", "vector_quantize", "codebook_statistics", "ddim_step",
-    "ddpm_step",
+    "ddpm_step", "geglu",
 )  # fmt: skip
 BACKENDS = ("triton", "cpp", "reference")
 """In the order in which "auto" tries them."""
@@ -190,6 +190,18 @@ def _step_triton(sample: Tensor, *operands: Tensor, **options: Any) -> str | Non
     return _why_not_triton("sample", sample) or _step_dtype_problem(*operands, *options.values())
 
 
+def _geglu_triton(hidden_states: Tensor) -> str | None:
+    return _why_not_triton("hidden_states", hidden_states)
+
+
+def _geglu_cpp(hidden_states: Tensor) -> str | None:
+    if hidden_states.device.type != "cpu":
+        return f"it serves CPU tensors, hidden_states is on {hidden_states.device}"
+    if hidden_states.dtype not in _REAL_DTYPES[:-1]:
+        return f"no kernel for hidden_states of {hidden_states.dtype}"
+    return _extension_problem()
+
+
 def _group_norm_silu_cpp(x: Tensor, *_: Any, **__: Any) -> str | None:
     if x.device.type != "cpu":
         return f"it serves CPU tensors, x is on {x.device}"
@@ -281,6 +293,8 @@ _PREDICATES: dict[tuple[str, str], Callable[..., str | None]] = {
     ("group_norm_silu", "triton"): _group_norm_silu_triton,
     ("cross_attention", "triton"): _cross_attention_triton,
     ("cross_attention", "cpp"): _cross_attention_cpp,
+    ("geglu", "triton"): _geglu_triton,
+    ("geglu", "cpp"): _geglu_cpp,
     ("ddim_step", "triton"): _step_triton,
     ("ddpm_step", "triton"): _step_triton,
     ("group_norm_silu", "cpp"): _group_norm_silu_cpp,

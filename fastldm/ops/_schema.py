@@ -110,6 +110,14 @@ def _cross_attention_bwd(
     )
 
 
+def _geglu_fwd(hidden_states: Tensor) -> Tensor:
+    return hidden_states.new_empty((*hidden_states.shape[:-1], hidden_states.shape[-1] // 2))
+
+
+def _geglu_bwd(grad_y: Tensor, hidden_states: Tensor) -> Tensor:
+    return hidden_states.new_empty(hidden_states.shape)
+
+
 def _vector_quantize_fwd(
     z: Tensor, codebook: Tensor, channel_dim: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,6 +181,12 @@ _define(
     "Tensor? key_mask, bool[] wanted, *, str backend) -> (Tensor q, Tensor k, Tensor v)",
     _cross_attention_bwd,
     folder="cross_attention",
+)
+_define("geglu_fwd(Tensor hidden_states, *, str backend) -> Tensor", _geglu_fwd, folder="geglu")
+_define(
+    "geglu_bwd(Tensor grad_y, Tensor hidden_states, *, str backend) -> Tensor",
+    _geglu_bwd,
+    folder="geglu",
 )
 _define(
     "vector_quantize_fwd(Tensor z, Tensor codebook, int channel_dim, *, str backend) "

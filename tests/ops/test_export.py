@@ -26,6 +26,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "cross_attention": lambda x: ops.cross_attention(
         *(x.movedim(1, -1).reshape(x.shape[0], 3, 5, 4),) * 3
     ),
+    "geglu": lambda x: ops.geglu(x.movedim(1, -1)),
     "vector_quantize": lambda x: tuple(ops.vector_quantize(x, CODEBOOK)),
     "codebook_statistics": lambda x: tuple(ops.codebook_statistics(x, _codes(x), 7)),
     "ddim_step": lambda x: tuple(

@@ -66,10 +66,23 @@ def _lookup_cases() -> list[Case]:
     return cases
 
 
-CASES = [*_norm_cases(), *_attention_cases(), *_lookup_cases()]
+def _gated_cases() -> list[Case]:
+    cases: list[Case] = []
+    for shape in [(2, 3, 10), (0, 10), (6,)]:
+        (hidden,) = _tensors(shape)
+        (grad,) = _tensors((*shape[:-1], shape[-1] // 2))
+        cases.append(("geglu", "fwd", (hidden,)))
+        cases.append(("geglu", "bwd", (grad, hidden)))
+    sliced = _tensors((3, 2, 12))[0].transpose(0, 1)[..., 1:11]
+    cases.append(("geglu", "fwd", (sliced,)))
+    cases.append(("geglu", "bwd", (torch.ones(5).expand(2, 3, 5), sliced)))
+    return cases
+
+
+CASES = [*_norm_cases(), *_attention_cases(), *_lookup_cases(), *_gated_cases()]
 # Which operator has a kernel where; the reference has all.
-CPP_OPERATORS = ("group_norm_silu", "vector_quantize")
-TRITON_OPERATORS = ("group_norm_silu", "cross_attention")
+CPP_OPERATORS = ("group_norm_silu", "vector_quantize", "geglu")
+TRITON_OPERATORS = ("group_norm_silu", "cross_attention", "geglu")
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_every_triton_kernel_is_launched(
         return run(self, *args, **kwargs)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", note)
-    operators = ["group_norm_silu", "cross_attention", "diffusion_step"]
+    operators = ["group_norm_silu", "cross_attention", "diffusion_step", "geglu"]
     assert every_kernel.main(["--device", "cpu", *operators]) == 0
     assert launched == kernels.triton_kernels()
     assert every_kernel.DONE in capsys.readouterr().out
