@@ -30,6 +30,7 @@ STAGES = (
     Stage("cross_attention", 150),
     Stage("diffusion_step", 60),
     Stage("vector_quantize", 60),
+    Stage("geglu", 60),
     Stage("models", 240),
     Stage("throughput", 240),
     Stage("sanitizer", 240),

@@ -20,6 +20,7 @@ from fastldm import ops
 FAMILIES = (
     ("cross-attention, ours", r"cross_attention"),
     ("GroupNorm + SiLU, ours", r"group_norm_silu"),
+    ("GEGLU, ours", r"geglu"),
     ("attention", r"flash|fmha|scaled_dot_product|attention|sdp"),
     ("convolution", r"conv|fprop|dgrad|wgrad|winograd|implicit_?gemm|nchwtonhwc|nhwctonchw"),
     ("matrix product", r"gemm|cutlass|cublas|nvjet|addmm|::mm|matmul|splitk"),
