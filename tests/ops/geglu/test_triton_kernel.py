@@ -104,9 +104,11 @@ def test_strides(strides: str, triton_device: str) -> None:
     expected = _with_gradient(_fused, hidden, upstream)
     spread = _arranged(upstream.repeat(1, 1, 2), strides)[..., :6]
     found = _with_gradient(_fused, given, spread)
-    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, expected, strict=True))
-    for upstream in (torch.ones((), device=triton_device).expand(3, 7, 6), upstream[:1, :1]):
-        same = upstream.expand(3, 7, 6)
+    assert all(
+        torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, expected, strict=True)
+    )
+    for repeated in (torch.ones((), device=triton_device), upstream[:1, :1]):
+        same = repeated.expand(3, 7, 6)
         expected = _with_gradient(_fused, hidden, same.contiguous())
         assert torch.equal(_with_gradient(_fused, given, same)[1], expected[1])
 
