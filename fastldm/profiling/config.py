@@ -16,7 +16,9 @@ from fastldm.profiling.specs import (
     pairs,
 )
 
-_QUICK_SECONDS = 0.8
+_QUICK_SECONDS = 0.2
+_QUICK_MINUTES = 2.6
+"""The rest of three is for the report."""
 _SECONDS = 10.0
 
 
@@ -55,9 +57,10 @@ class ProfileConfig:
     max_batch_size: int = 64
     """The largest batch that is tried."""
     max_minutes: float | None = None
-    """Nothing is begun that would take longer than what is left of them."""
+    """Nothing is begun that would take longer than what is left of them; by default unlimited, with
+    --quick 2.6."""
     seconds_per_measurement: float | None = None
-    """Repeats of a call take about so long; 10, with --quick 0.8."""
+    """Repeats of a call take about so long; 10, with --quick 0.2."""
     memory_gb: float | None = None
     """Memory that may be used; by default what is free."""
     overwrite: bool = False
@@ -91,6 +94,8 @@ class ProfileConfig:
             self.base_channels = NARROW_BASE_CHANNELS
         if self.quick and self.first_stage_channels is None:
             self.first_stage_channels = NARROW_FIRST_STAGE_CHANNELS
+        if self.quick and self.max_minutes is None:
+            self.max_minutes = _QUICK_MINUTES
         if self.seconds_per_measurement is None:
             self.seconds_per_measurement = _QUICK_SECONDS if self.quick else _SECONDS
         list(self.specs())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -21,17 +22,19 @@ _TRAINED_COPIES = 4
 """Weight, gradient and two moments."""
 _COEFFICIENTS_OF_DDIM = 5
 
+_unets: dict[str, dict[str, Any]] = {}
+
 
 @dataclass(frozen=True)
 class LDMCosts:
-    """Costs for one image; all but `step_eager` and `train_eager` with fastldm's operators.
+    """Costs for one image; all but `step_eager` with fastldm's operators.
 
     Attributes:
         parameters, first_stage_parameters: numbers of weights.
         latent_shape: channels, height, width.
         element_size: bytes of a number.
         step, step_eager: one denoising step: the UNet, and the sampler's update.
-        train, train_eager: forward, backward and Adam's update from a latent; the update is that
+        train: forward, backward and Adam's update from a latent; the update is that
             of a whole batch.
         encode, decode: of the first stage; nothing for f = 1.
     """
@@ -43,7 +46,6 @@ class LDMCosts:
     step: Cost
     step_eager: Cost
     train: Cost
-    train_eager: Cost
     encode: Cost
     decode: Cost
 
@@ -79,7 +81,6 @@ class LDMCosts:
             "decode": self.decode.as_dict(),
             "sample": self.sample(steps).as_dict(),
             "train_from_cache": self.train.as_dict(),
-            "train_from_cache_eager": self.train_eager.as_dict(),
             "train_from_image": self.train_from_image().as_dict(),
             "sampling_memory": self.sampling_memory(1),
             "training_memory": self.training_memory(1),
@@ -88,25 +89,29 @@ class LDMCosts:
 
 def ldm_costs(spec: LDMSpec, dtype: torch.dtype = torch.float32) -> LDMCosts:
     """Count what the models of `spec` cost in `dtype`, for one image."""
-    unet = spec.build_unet("meta").to(dtype)
     first_stage = spec.build_first_stage("meta")
     encode = decode = Cost()
     if first_stage is not None:
         first_stage = first_stage.to(dtype)
         encode = count_encoding(first_stage, spec.images(1, "meta", dtype))
         decode = count_decoding(first_stage, spec.unet_inputs(1, "meta", dtype)[0])
-    inputs = spec.unet_inputs(1, "meta", dtype)
+    # A first stage of the other kind with as many channels has the same UNet.
+    key = json.dumps([spec.conditioning, spec.latent_shape, spec.unet_config(), str(dtype)])
+    if key not in _unets:
+        unet, inputs = spec.build_unet("meta").to(dtype), spec.unet_inputs(1, "meta", dtype)
+        _unets[key] = {
+            "parameters": parameters_of(unet),
+            "step": count_step(unet, inputs, fused=True),
+            "step_eager": count_step(unet, inputs, fused=False),
+            "train": count_training(unet, inputs, fused=True),
+        }
     return LDMCosts(
-        parameters=parameters_of(unet),
         first_stage_parameters=parameters_of(first_stage),
         latent_shape=spec.latent_shape,
         element_size=torch.empty(0, dtype=dtype).element_size(),
-        step=count_step(unet, inputs, fused=True),
-        step_eager=count_step(unet, inputs, fused=False),
-        train=count_training(unet, inputs, fused=True),
-        train_eager=count_training(unet, inputs, fused=False),
         encode=encode,
         decode=decode,
+        **_unets[key],
     )
 
 

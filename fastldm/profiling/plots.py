@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _COLOURS = {"kl": "#0072B2", "vq": "#D55E00", "none": "#000000"}
 _LABELS = {"kl": "KL", "vq": "VQ", "none": "pixels"}
 _MARKERS = {"kl": "o", "vq": "s", "none": "*"}
+# Hollow and larger, so that one series shows what is behind it.
+_SIZES = {"kl": 4, "vq": 8, "none": 8}
 _FAMILY_COLOURS = {
     "convolution": "#0072B2",
     "attention": "#E69F00",
@@ -99,7 +101,8 @@ def _line(
             *zip(*points, strict=True),
             marker=_MARKERS[kind],
             color=_COLOURS[kind],
-            markersize=5,
+            markersize=_SIZES[kind],
+            fillstyle="none" if kind == "vq" else "full",
             **style,
         )
 
@@ -164,7 +167,7 @@ def _draw_families(figure: Figure, report: dict[str, Any]) -> bool:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.set_xlim(0, 1.02)
-    axes.set_xlabel("of the slower one's time (above plain torch, below fastldm)")
+    axes.set_xlabel("above plain torch, below fastldm; the slower is 1", fontsize=9)
     handles = [_patch(_FAMILY_COLOURS[family]) for family in FAMILIES]
     figure.legend(handles, FAMILIES, ncols=3, fontsize=8, loc="outside lower center")
     return True
@@ -174,6 +177,16 @@ def _patch(colour: str) -> Any:
     from matplotlib.patches import Patch
 
     return Patch(color=colour)
+
+
+def _point(kind: str) -> dict[str, Any]:
+    return {
+        "marker": _MARKERS[kind],
+        "color": _COLOURS[kind],
+        "linestyle": "none",
+        "markersize": _SIZES[kind],
+        "fillstyle": "none" if kind == "vq" else "full",
+    }
 
 
 def _draw_roofline(figure: Figure, report: dict[str, Any]) -> bool:
@@ -188,7 +201,7 @@ def _draw_roofline(figure: Figure, report: dict[str, Any]) -> bool:
         assert reached is not None
         x, y = cell["cost"]["step"]["intensity"], reached["flops_per_second"] / 1e9
         kind = cell["regularization"]
-        axes.plot(x, y, _MARKERS[kind], color=_COLOURS[kind], markersize=6)
+        axes.plot(x, y, **_point(kind))
         if kind != "vq":
             axes.annotate(
                 f"f={cell['f']}", (x, y), textcoords="offset points", xytext=(6, 4), fontsize=8
@@ -212,7 +225,7 @@ def _draw_roofline(figure: Figure, report: dict[str, Any]) -> bool:
     axes.set_ylabel("GFLOP/s at batch 1")
     kinds = dict.fromkeys(cell["regularization"] for cell in cells)
     for kind in kinds:
-        axes.plot([], [], _MARKERS[kind], color=_COLOURS[kind], label=_LABELS[kind])
+        axes.plot([], [], label=_LABELS[kind], **_point(kind))
     axes.legend(fontsize=8, loc="lower right")
     return True
 

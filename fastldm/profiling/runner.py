@@ -23,12 +23,13 @@ from fastldm.profiling.report import write_report
 from fastldm.profiling.specs import LDMSpec
 from fastldm.storage import read_json, write_json
 
-_CALLS_OF_A_CELL = 14
-"""Training steps that the measurements of one spec take about as long as, beside their repeats."""
+_TRAINING_CALLS = 7
+_FIRST_STAGE_CALLS = 5
+"""Calls of a measurement, beside the repeats of quick ones; sampling steps as parts of training."""
 _REPEATED_CALLS = 8
 _RATIO_OF = (1, 4)
 _ROUNDS = 5
-_EFFICIENCY = 0.3
+_EFFICIENCY = 0.4
 """Share of the matrix rate that a model reaches, roughly, to foresee a duration."""
 
 
@@ -62,8 +63,8 @@ class Profile:
         """
         try:
             costs = self._count_all()
+            ratio = self._ratio(costs)
             cells = self._measure_all(costs)
-            ratio = self._ratio()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(
                 f"interrupted; what has ended is kept in {self._folder}, and the same command "
@@ -91,8 +92,16 @@ class Profile:
         return costs
 
     def _measure_all(self, costs: dict[str, LDMCosts]) -> list[dict[str, Any]]:
-        # The cheap ones first: more of them end in a given time.
-        order = sorted(self._specs, key=lambda spec: costs[spec.name].train.total_flops)
+        # Every f once, then again with the other first stage; the cheap ones first, of which more
+        # end in a given time.
+        kinds = ["none", *self._config.regularizations]
+        order = sorted(
+            self._specs,
+            key=lambda spec: (
+                max(kinds.index(spec.regularization), 1),
+                costs[spec.name].train.total_flops,
+            ),
+        )
         measured: dict[str, Any] = {}
         progress = self._progress(len(order) if self._config.measure else 0, "Measuring")
         for spec in order if self._config.measure else ():
@@ -100,7 +109,7 @@ class Profile:
             measured[spec.name] = self._kept(
                 f"{spec.f}-{spec.regularization}",
                 asdict(spec),
-                self._expected_seconds(spec, costs[spec.name]),
+                self._expected_seconds(costs[spec.name]),
                 lambda spec=spec: measure(spec, costs[spec.name], self._conditions()),  # type: ignore[misc]
             )
             progress.update()
@@ -114,13 +123,13 @@ class Profile:
             for spec in self._specs
         ]
 
-    def _ratio(self) -> dict[str, Any] | None:
+    def _ratio(self, all_costs: dict[str, LDMCosts]) -> dict[str, Any] | None:
         """Latents against pixels, for the first regularisation at f = 4; None without both."""
         chosen = [next((s for s in self._specs if s.f == f), None) for f in _RATIO_OF]
         if not self._config.measure or chosen[0] is None or chosen[1] is None:
             return None
         pixels, latents = chosen[0], chosen[1]
-        costs = ldm_costs(pixels, self._dtype)
+        costs = all_costs[pixels.name]
         conditions = self._conditions()
         problem = conditions.why_no_memory(
             f"training at f = 1 and {latents.f} at once", 2 * costs.training_memory(1)
@@ -130,7 +139,7 @@ class Profile:
         return self._kept(
             "ratio",
             {"pixels": asdict(pixels), "latents": asdict(latents), "rounds": _ROUNDS},
-            (_ROUNDS + 1) * 1.5 * self._seconds_of(costs),
+            self._seconds_of((_ROUNDS + 1) * 1.5 * costs.train.total_flops),
             lambda: measure_ratio(pixels, latents, conditions, _ROUNDS),
         )
 
@@ -186,15 +195,15 @@ class Profile:
             self._roofs,
         )
 
-    def _expected_seconds(self, spec: LDMSpec, costs: LDMCosts) -> float:
+    def _expected_seconds(self, costs: LDMCosts) -> float:
         """How long `measure` will take, roughly."""
-        call = self._seconds_of(costs)
-        return _CALLS_OF_A_CELL * call + _REPEATED_CALLS * self._config.budget
+        first_stage = costs.decode.total_flops + costs.encode.total_flops
+        work = _TRAINING_CALLS * costs.train.total_flops + _FIRST_STAGE_CALLS * first_stage
+        return self._seconds_of(work) + _REPEATED_CALLS * self._config.budget
 
-    def _seconds_of(self, costs: LDMCosts) -> float:
-        """Of a training step at batch 1, roughly."""
+    def _seconds_of(self, flops: float) -> float:
         assert self._roofs is not None
-        return costs.train.total_flops / (_EFFICIENCY * self._roofs.flops_per_second)
+        return flops / (_EFFICIENCY * self._roofs.flops_per_second)
 
     def _seconds_left(self) -> float | None:
         if self._config.max_minutes is None:

@@ -114,7 +114,7 @@ def peak_memory(call: Callable[[], object], device: torch.device, held: int) -> 
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
         call()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     changes = [event for event in results.events() if event.name() == "[memory]"]
     now = peak = 0
     for event in sorted(changes, key=lambda event: event.start_ns()):

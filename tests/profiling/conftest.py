@@ -25,6 +25,7 @@ def small(output_dir: Path, **changes: Any) -> ProfileConfig:
         "first_stage_channels": 8,
         "device": "cpu",
         "seconds_per_measurement": 0.05,
+        "max_minutes": 60.0,
         "max_batch_size": 2,
         "progress_bar": False,
         **changes,

@@ -129,7 +129,6 @@ def costs() -> LDMCosts:
 
 def test_fused_operators_move_less(costs: LDMCosts) -> None:
     assert costs.step.total_bytes < costs.step_eager.total_bytes
-    assert costs.train.total_bytes < costs.train_eager.total_bytes
     assert costs.step.bytes["norm"] < 0.7 * costs.step_eager.bytes["norm"]
     assert costs.step.total_flops == costs.step_eager.total_flops
 
