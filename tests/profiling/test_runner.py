@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,11 @@ def test_the_ratio_has_its_spread(profiled: tuple[Report, Path]) -> None:
 
 @pytest.mark.usefixtures("quick_counts")
 def test_what_is_there_is_not_measured_again(
-    profiled: tuple[Report, Path], monkeypatch: pytest.MonkeyPatch
+    profiled: tuple[Report, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report, folder = profiled
+    report, original = profiled
+    folder = tmp_path / "profile"
+    shutil.copytree(original, folder)
 
     def refuse(*_: Any) -> None:
         raise AssertionError("measured again")
@@ -129,7 +132,7 @@ def test_without_time_it_still_counts(tmp_path: Path) -> None:
         ({"regularizations": ["gan"]}, "regularizations: got 'gan'; accepted: kl, vq"),
         ({"steps": 0}, "steps: expected an integer of at least 1, got 0"),
         ({"max_minutes": 0.0}, "max_minutes: expected a positive number"),
-        ({"image_size": 96}, "image_size: got 96 for f = 32"),
+        ({"image_size": 96}, "image_size: got 96 for f = 16; accepted: multiples of 64"),
     ],
 )
 def test_wrong_settings(options: dict[str, Any], message: str) -> None:
