@@ -264,7 +264,7 @@ def measure_ratio(
     sampling = [Sampling(spec, device, conditions.dtype) for spec in (pixels, latents)]
     training = [Training(spec, device, conditions.dtype) for spec in (pixels, latents)]
     decode, encode = sampling[1].decode(1), sampling[1].encode(1)
-    calls = [work.step(1) for work in (*sampling, *training)]
+    calls = [part.step(1) for part in sampling] + [work.step(1) for work in training]
     if decode is not None and encode is not None:
         calls += [decode, encode]
     for call in calls[1::2]:

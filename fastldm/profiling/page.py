@@ -75,7 +75,7 @@ def _inline(svg: str, name: str) -> str:
         end = '"' if "href" in reference else ")"
         body = re.sub(
             reference,
-            lambda found, end=end: (  # type: ignore[misc]
+            lambda found, end=end: (
                 f"{found[1]}#{name}-{found[2]}{end}" if found[2] in ids else found[0]
             ),
             body,

@@ -28,7 +28,7 @@ _FAMILY_COLOURS = {
 }
 _WIDTH = 4.8
 """Inches: a column of a page, and as wide as a phone with text that can be read."""
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
