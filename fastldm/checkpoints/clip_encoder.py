@@ -96,7 +96,7 @@ def projected_clip_state_dict(model: nn.Module) -> dict[str, Tensor]:
     return {**to_compvis(rows, state), _PROJECTION: projection}
 
 
-def _empty_model(class_name: str, fields: Mapping[str, Any], source: str) -> nn.Module:
+def _empty_model(class_name: str, fields: Mapping[str, Any], source: str) -> Any:
     """A model of transformers without storage."""
     try:
         import transformers
@@ -107,20 +107,20 @@ def _empty_model(class_name: str, fields: Mapping[str, Any], source: str) -> nn.
     try:
         with torch.device("meta"):
             config = transformers.CLIPTextConfig(**fields)
-            model: nn.Module = getattr(transformers, class_name)(config)
+            return getattr(transformers, class_name)(config)
     except Exception as error:  # sizes that transformers refuses, in several ways
         raise CheckpointError(f"{source}: no CLIP text encoder has {fields}: {error}") from None
-    return model
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+def _fill(model: Any, state: Mapping[str, Tensor]) -> nn.Module:
     model.load_state_dict(state, assign=True)
     # The one buffer that no file holds.
-    positions = torch.arange(model.config.max_position_embeddings).expand(1, -1)  # type: ignore[union-attr, arg-type]
+    positions = torch.arange(model.config.max_position_embeddings).expand(1, -1)
     for module in model.modules():
         if "position_ids" in module._buffers:
             module._buffers["position_ids"] = positions.clone()
-    return model.eval()
+    filled: nn.Module = model.eval()
+    return filled
 
 
 def _clip_fields(

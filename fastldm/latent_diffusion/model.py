@@ -240,6 +240,7 @@ class LatentDiffusion(FileMethods, LatentSpace):
         guidance_rescale: float = 0.0,
         eta: float = 0.0,
         seeds: int | Sequence[int] | None = None,
+        latents: Tensor | None = None,
         scheduler: Any | None = None,
         size: tuple[int, int] | None = None,
         callback: StepCallback | None = None,
@@ -263,6 +264,8 @@ class LatentDiffusion(FileMethods, LatentSpace):
             eta: η of DDIM, 0 deterministic.
             seeds: one an image; or one int for `seeds`, `seeds` + 1, …; None draws them from
                 torch's global generator.
+            latents: standard normal noise to start from, [B, C, h, w], in place of one that the
+                seeds draw. The sampler's steps are computed in its dtype.
             scheduler: sampler in place of the object's own.
             size: height and width of the images in pixels; by default those of the UNet's
                 ``sample_size``, or of the condition to concatenate.
@@ -271,7 +274,8 @@ class LatentDiffusion(FileMethods, LatentSpace):
             output: ``"images"`` or ``"latents"``.
 
         Returns:
-            Images [B, channels, H, W] in [−1, 1], or z [B, C, h, w]; float32.
+            Images [B, channels, H, W] in [−1, 1], or z [B, C, h, w]; float32, z in the dtype of
+            `latents` where these are given.
 
         Raises:
             DataError: the conditions or seeds do not fit the model or the number of images.
@@ -280,6 +284,11 @@ class LatentDiffusion(FileMethods, LatentSpace):
         if output not in ("images", "latents"):
             raise ConfigError(f"output: got {output!r}; accepted: 'images', 'latents'")
         cond = _one_of(captions=captions, class_labels=class_labels, conditioning=conditioning)
+        if latents is not None:
+            self._check_latents(latents)
+            num_images = len(latents) if num_images is None else num_images
+            if len(latents) != num_images:
+                raise DataError(f"latents: got {len(latents)} for {num_images} images")
         if num_images is None:
             num_images = 1 if cond is None else condition_size(cond)
         guided = guidance_scale != 1.0
@@ -300,12 +309,14 @@ class LatentDiffusion(FileMethods, LatentSpace):
             elif guided:
                 negative = repeat_condition(negative, num_images)
                 unconditional = self.encode_condition(negative, num_images)
-            height, width = latent_size_of(self.first_stage, self.unet, size, conditional.concat)
-            shape = (num_images, self.latent_channels, height, width)
+            if latents is None:
+                side = latent_size_of(self.first_stage, self.unet, size, conditional.concat)
+                shape = (num_images, self.latent_channels, *side)
+                latents = randn(shape, generators, self.device, torch.float32)
             z = run_sampler(
                 self.predict,
                 sampler,
-                randn(shape, generators, self.device, torch.float32),
+                latents.to(self.device),
                 generators,
                 conditional,
                 unconditional,

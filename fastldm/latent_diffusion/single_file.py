@@ -71,7 +71,8 @@ def _set_logvar(own: nn.Parameter, logvar: Tensor) -> None:
             f"logvar: is {list(logvar.shape)} in the file, {list(own.shape)} in the model"
         )
     if not logvar.is_meta:
-        own.data.copy_(logvar)
+        # A file in float64 keeps its digits.
+        own.data = logvar.to(own.device, torch.promote_types(own.dtype, logvar.dtype), copy=True)
 
 
 def save_single_file(

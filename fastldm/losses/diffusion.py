@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastldm.errors import ConfigError
-from fastldm.losses.gaussian_diffusion import PREDICTION_TYPES as PREDICTION_TYPES
 from fastldm.losses.gaussian_diffusion import GaussianDiffusion, compute_dtype
 
 LossType = Literal["l2", "l1", "huber"]

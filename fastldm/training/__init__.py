@@ -12,11 +12,13 @@ if TYPE_CHECKING:
         LatentDiffusionTrainingConfig,
         ModelConfig,
     )
+    from fastldm.training.ema import ExponentialMovingAverage
     from fastldm.training.latent_cache import LatentCache, encode_dataset
     from fastldm.training.latent_diffusion import train_latent_diffusion
 
 _MODULE_OF = {
     "AutoencoderTrainingConfig": "config",
+    "ExponentialMovingAverage": "ema",
     "LatentCache": "latent_cache",
     "LatentDiffusionTrainingConfig": "config",
     "ModelConfig": "config",
@@ -27,6 +29,7 @@ _MODULE_OF = {
 
 __all__ = [
     "AutoencoderTrainingConfig",
+    "ExponentialMovingAverage",
     "LatentCache",
     "LatentDiffusionTrainingConfig",
     "ModelConfig",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -293,3 +294,29 @@ def test_bad_requests_are_named(build) -> None:
         text.sample(3, captions=["a", "b"])
     with pytest.raises(DataError, match="expected a batch of conditions, got str"):
         text.sample(captions="a red cat")
+
+
+def test_given_noise_is_where_a_run_starts_and_its_dtype_is_that_of_the_steps(build) -> None:
+    """CompVis's DDIM in float64 through the whole object, by its formula."""
+    bars = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)
+    visited = np.arange(0, 1000, 1000 // 7) + 1
+
+    def predict(z_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.sin(z_t + 0.01 * t.double())
+
+    scheduler = build.scheduler(timestep_spacing="uniform", schedule_dtype="float64")
+    model = LatentDiffusion(build.first_stage(), build.oracle(predict).double(), scheduler)
+    noise = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    found = model.sample(latents=noise, num_inference_steps=7, output="latents")
+    assert found.dtype == torch.float64
+    z = noise.numpy()
+    for index in range(len(visited))[::-1]:
+        bar, following = bars[visited[index]], bars[visited[index - 1] if index else 0]
+        output = np.sin(z + 0.01 * visited[index])
+        start = (z - np.sqrt(1 - bar) * output) / np.sqrt(bar)
+        z = np.sqrt(following) * start + np.sqrt(1 - following) * output
+    np.testing.assert_allclose(found.numpy(), z, rtol=1e-10, atol=1e-11)
+    with pytest.raises(DataError, match="latents: got 2 for 3 images"):
+        model.sample(3, latents=noise)
+    with pytest.raises(DataError, match=r"z: expected \[B, 3, h, w\]"):
+        model.sample(latents=noise[:, :2])
