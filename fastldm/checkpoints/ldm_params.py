@@ -68,7 +68,7 @@ _ENGINE_IGNORED = frozenset(
     }
 )
 """The same of Stability's DiffusionEngine; its denoiser is that of ε with this schedule."""
-_ENGINE_SCHEDULE = {"linear_start": 0.00085, "linear_end": 0.012}
+_ENGINE_SCHEDULE = (0.00085, 0.012)
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,10 @@ def _parse_engine(params: Mapping[str, Any]) -> LDMParams:
     first_stage = child(params, "first_stage_config", "params")
     return LDMParams(
         DiffusionParams(
-            scale_factor=engine.scale_factor, use_ema=engine.use_ema, **_ENGINE_SCHEDULE
+            linear_start=_ENGINE_SCHEDULE[0],
+            linear_end=_ENGINE_SCHEDULE[1],
+            scale_factor=engine.scale_factor,
+            use_ema=engine.use_ema,
         ),
         _parse_unet(child(network, "params", "params.network_config"), "params.network_config"),
         _parse_first_stage(first_stage) if first_stage else None,

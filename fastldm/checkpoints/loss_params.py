@@ -82,10 +82,9 @@ def read_first_stage_loss(config: str | Path | Mapping[str, Any]) -> FirstStageT
             f"{where}.target: expected LPIPSWithDiscriminator or VQLPIPSWithDiscriminator, got "
             f"{short(target)}"
         )
+    kind: type[KLLossParams] | type[VQLossParams]
     kind = KLLossParams if name == "LPIPSWithDiscriminator" else VQLossParams
-    given: KLLossParams | VQLossParams = parse_fields(
-        kind, child(loss, "params", where), f"{where}.params", _IGNORED
-    )
+    given = parse_fields(kind, child(loss, "params", where), f"{where}.params", _IGNORED)
     return FirstStageTraining(_loss_config(given), _discriminator(given))
 
 
