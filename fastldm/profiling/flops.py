@@ -1,4 +1,5 @@
-"""FLOP formulas of fastldm's raw operators, in the conventions of torch.utils.flop_counter.
+"""FLOP formulas of fastldm's raw operators, in the conventions of torch.utils.flop_counter, and
+those of torch's attention on a CPU, which it knows on a GPU alone.
 
 Importing this module registers them, so that `FlopCounterMode` counts the operators, too. A
 multiplication with its addition is two; norms, activations and other elementwise work are none.
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import (
+    flop_registry,
     register_flop_formula,
     sdpa_backward_flop_count,
     sdpa_flop_count,
@@ -47,3 +49,26 @@ def vector_quantize(z: Shape, codebook: Shape, channel_dim: int, *_: Any, **__: 
     for extent in z:
         elements *= extent
     return _PER_TERM_OF_A_DISTANCE * elements * codebook[0]
+
+
+def _attention_on_cpu(q: Shape, k: Shape, v: Shape, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_flop_count(q, k, v)
+    return flops
+
+
+def _attention_on_cpu_backward(
+    grad: Shape, q: Shape, k: Shape, v: Shape, *_: Any, **__: Any
+) -> int:
+    flops: int = sdpa_backward_flop_count(grad, q, k, v)
+    return flops
+
+
+for _operator, _formula in (
+    (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, _attention_on_cpu),
+    (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+        _attention_on_cpu_backward,
+    ),
+):
+    if _operator not in flop_registry:
+        register_flop_formula(_operator)(_formula)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from fastldm.errors import ConfigError
 from fastldm.models import IdentityFirstStage
 from fastldm.ops import backend
+from fastldm.profiling import flops as flops  # registers the formulas of attention on a CPU
 from fastldm.study.cells import Cell, diffusion_training, first_stage_training
 from fastldm.study.config import StudyConfig
 from fastldm.training.assembly import build_diffusion
@@ -22,22 +22,6 @@ from fastldm.training.autoencoder import AutoencoderTrainer
 from fastldm.training.environment import Environment
 
 TFLOP = 1e12
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(q.shape, k.shape, v.shape))
-
-
-def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape))
-
-
-_FORMULAS = {
-    **flop_registry,
-    # What torch knows on a GPU, but not here.
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
 
 
 @dataclass(frozen=True)
@@ -119,7 +103,7 @@ class _Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func.overloadpacket)
+        formula = flop_registry.get(func.overloadpacket)
         if formula is not None:
             self.total += int(formula(*args, **kwargs, out_val=result))
         return result
