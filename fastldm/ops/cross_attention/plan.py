@@ -10,10 +10,12 @@ from fastldm.ops._triton import SHARED_BYTES
 
 SUM_BLOCK = 1024
 _MOST_BYTES, _MOST_FLOAT32_BYTES = 65536, 40000
-_BESIDE_KEYS = 38912  # what queries, and all that the compiler lays there, take at most
+# What queries, and all that the compiler lays there, take at most; and if they are few.
+_BESIDE_KEYS, _BESIDE_KEYS_AND_FEW_QUERIES = 38912, 24576
 _MOST_ROWS = 64
 _SMALLEST = 16  # what the tensor cores take
-# Warps that a GPU is to have: as many for each of the 132 multiprocessors of an H100.
+# Warps that a GPU is to have, at most: as many as fit at once on the 132 multiprocessors of an
+# H100. More would wait for these to end, and each program of a head loads its keys anew.
 _FORWARD_WARPS = 132 * 16
 _BACKWARD_WARPS = 132 * 8
 
@@ -54,7 +56,8 @@ def forward(
     B: int, Lq: int, H: int, Lk: int, D: int, dtype: torch.dtype, shared_bytes: int = SHARED_BYTES
 ) -> Plan:
     """For the output: scores and output of a block of queries are in registers."""
-    keys, widths = _tiles(Lk, 64), _tiles(D, 128)
+    # 40 channels as 32 + 16 would be as few, but Triton 3.8 spills registers of these on sm_100.
+    keys, widths = _tiles(Lk, 64), _tiles(D, 16 if 32 < D <= 48 else 128)
     # Four warps one above the other, or all warps side by side in tiles wide enough for them.
     rows, num_warps = 64, 4
     if dtype == torch.float32:
@@ -66,7 +69,7 @@ def forward(
     cut = Plan(rows, keys, widths, widths, False, rows, 1, num_warps)
     # Keys and values are on chip.
     kept = sum(keys) * 2 * sum(widths) * _bytes_on_chip(dtype)
-    return _fitted(cut, Lq, B * H, _FORWARD_WARPS, kept, shared_bytes)
+    return _fitted(cut, Lq, B * H, _FORWARD_WARPS, kept + _BESIDE_KEYS <= shared_bytes)
 
 
 def backward(
@@ -74,30 +77,34 @@ def backward(
 ) -> Plan:
     """For the gradients: those of all keys are in registers, too."""
     keys = _tiles(Lk, 64)
-    num_warps = 4 if sum(keys) <= 80 else 8
+    rows, num_warps, beside = 16, 4 if sum(keys) <= 80 else 8, _BESIDE_KEYS
     if dtype == torch.float32:
-        rows, widths = 16, _tiles(D, 128) if D > 64 else (_block(D, 64),)
+        widths = _tiles(D, 128) if D > 64 else (_block(D, 64),)
         part_widths = widths if D <= 32 else (32,)
-    elif D <= 64:
+        if 32 < D <= 64 and sum(keys) <= 80:
+            part_widths, num_warps = widths, 8
+    elif D <= 32:
         widths = part_widths = (_block(D, 64),)
-        rows = 32 if sum(keys) <= (160 if D > 32 else 80) else 16
+        rows = 32 if sum(keys) <= 80 else 16
+    elif D <= 64:
+        widths = part_widths = (64,)
+        rows, num_warps = 32 if sum(keys) <= 160 else 16, 8
     elif D <= 128 and sum(keys) <= 80:
         widths = part_widths = (128,)
-        rows, num_warps = 16, 8
+        num_warps = 8
     else:
-        rows, widths, part_widths = 16, _tiles(D, 128), (64,)
+        widths, part_widths, beside = (64,) * -(-D // 64), (64,), _BESIDE_KEYS_AND_FEW_QUERIES
     cut = Plan(rows, keys, widths, part_widths, False, rows, 1, num_warps)
     # Keys, values, and keys once more, as ∂q is found from them, are on chip.
     kept = sum(keys) * (2 * sum(widths) + sum(part_widths)) * _bytes_on_chip(dtype)
-    return _fitted(cut, Lq, B * H * cut.parts, _BACKWARD_WARPS, kept, shared_bytes)
+    return _fitted(cut, Lq, B * H * cut.parts, _BACKWARD_WARPS, kept + beside <= shared_bytes)
 
 
-def _fitted(cut: Plan, Lq: int, others: int, warps: int, kept: int, shared_bytes: int) -> Plan:
-    """With the splits that fill a GPU beside `others`, and keys on chip where there is room."""
+def _fitted(cut: Plan, Lq: int, others: int, warps: int, is_kept: bool) -> Plan:
+    """With the splits that fill a GPU beside `others`."""
     rows = _block(Lq, min(cut.rows, _MOST_ROWS))
     blocks = -(-Lq // rows)
-    span = rows * -(-blocks // min(blocks, -(-warps // (cut.num_warps * others))))
-    is_kept = kept <= shared_bytes - _BESIDE_KEYS
+    span = rows * -(-blocks // min(blocks, max(1, warps // (cut.num_warps * others))))
     return replace(cut, rows=rows, span=span, splits=-(-Lq // span), is_kept=is_kept)
 
 

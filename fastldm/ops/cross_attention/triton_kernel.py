@@ -21,6 +21,7 @@ from torch import Tensor
 from fastldm.ops._triton import LAUNCH_OPTIONS, on_device_of, shared_memory_of
 from fastldm.ops.cross_attention import plan
 from fastldm.ops.cross_attention.triton_tiles import (
+    LOADS_STAY_IN_LOOP,
     LOG2_E,
     add_product,
     attended_keys,
@@ -36,6 +37,9 @@ from fastldm.ops.cross_attention.triton_tiles import (
     vector_of,
     zeros,
 )
+
+# Of a thread: the backward pass is planned for them, and the compiler would spill a few for fewer.
+_MOST_REGISTERS = 255
 
 
 @triton.jit
@@ -103,21 +107,18 @@ def _cross_attention_bwd_kernel(
         for j in tl.static_range(len(KEYS)):
             dk += (zeros(KEYS[j], PART_WIDTHS),)
             dv += (zeros(KEYS[j], PART_WIDTHS),)
-    for start in range(split * span, tl.minimum(Lq, (split + 1) * span), ROWS):
+    end = tl.minimum(Lq, (split + 1) * span)
+    for start in tl.range(split * span, end, ROWS, disable_licm=LOADS_STAY_IN_LOOP):
         rows = start + tl.arange(0, ROWS).to(tl.int64)
         in_rows = rows < Lq
         q = load(q_ptr, q_strides, rows, in_rows, 0, D, WIDTHS, VECTOR)
-        grad = load(grad_ptr, grad_strides, rows, in_rows, 0, D, WIDTHS, VECTOR)
-        q_part = q
-        grad_part = grad
-        if PARTS > 1:
-            q_part = load(q_ptr, q_strides, rows, in_rows, column, D, PART_WIDTHS, VECTOR)
-            grad_part = load(grad_ptr, grad_strides, rows, in_rows, column, D, PART_WIDTHS, VECTOR)
         if not KEPT:
             k = load_keys(k_ptr, k_strides, keys, keeps, 0, D, WIDTHS, VECTOR)
         exponentials, reciprocal = softmax(q, k, keeps, attended, scale_log2)
         if not KEPT:
             v = load_keys(v_ptr, v_strides, keys, keeps, 0, D, WIDTHS, VECTOR)
+        # Not before: it would be in registers beside the exponentials.
+        grad = load(grad_ptr, grad_strides, rows, in_rows, 0, D, WIDTHS, VECTOR)
         p = ()
         dp = ()
         delta = tl.zeros((ROWS,), tl.float32)
@@ -127,6 +128,11 @@ def _cross_attention_bwd_kernel(
             delta += tl.sum(p[j] * dp[j], 1)
         if not KEPT:
             k_part = load_keys(k_ptr, k_strides, keys, keeps, column, D, PART_WIDTHS, VECTOR)
+        q_part = q
+        grad_part = grad
+        if PARTS > 1:
+            q_part = load(q_ptr, q_strides, rows, in_rows, column, D, PART_WIDTHS, VECTOR)
+            grad_part = load(grad_ptr, grad_strides, rows, in_rows, column, D, PART_WIDTHS, VECTOR)
         sums = dk, dv
         dk = ()
         dv = ()
@@ -219,7 +225,8 @@ def cross_attention_bwd(
                 Lq, Lk, B, H, cut.splits, cut.span, scale, scale * LOG2_E,
                 D=D, WIDTHS=cut.widths, PART_WIDTHS=cut.part_widths, PARTS=cut.parts,
                 KEYS=cut.keys, KEPT=cut.is_kept, VECTOR=vector, ROWS=cut.rows,
-                num_warps=cut.num_warps, num_stages=cut.num_stages, **LAUNCH_OPTIONS,
+                num_warps=cut.num_warps, num_stages=cut.num_stages, maxnreg=_MOST_REGISTERS,
+                **LAUNCH_OPTIONS,
             )  # fmt: skip
             if is_split:
                 _cross_attention_bwd_sum_kernel[(-(-k.numel() // plan.SUM_BLOCK),)](

@@ -13,6 +13,11 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 # Float32 operands as two tf32 numbers each: the product of the smallest parts alone is left out.
 _PRECISION: tl.constexpr = tl.constexpr("tf32x3")
+# Of keys, for each block of queries anew: Triton before 3.8 would hold them in registers all the
+# time, more than there are. Later ones may spill if they cannot choose.
+LOADS_STAY_IN_LOOP: tl.constexpr = tl.constexpr(
+    tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+)
 
 
 @triton.jit
