@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,11 @@ SMALL = "benchmarks/test_cross_attention.py::test_forward[(2, 64, 4, 24, 24)]"
 
 
 def _pytest(*arguments: str) -> str:
+    # In a worker of pytest-xdist, pytest-benchmark stores nothing.
+    variables = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     found = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *arguments],
-        cwd=ROOT, capture_output=True, text=True, check=False,
+        cwd=ROOT, env=variables, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
     return found.stdout
