@@ -163,6 +163,15 @@ def test_a_mean_that_moves(axis: int, layout: str, laid_out: Any) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_channels_that_end_within_a_run(layout: str, laid_out: Any) -> None:
+    """Of 2491 pixels, where a run has 2048 elements; each channel has its own weight."""
+    x, weight, bias = torch.randn(2, 4, 47, 53), torch.randn(4), torch.randn(4)
+    exact = torch.nn.functional.group_norm(x.double(), 2, weight.double(), bias.double())
+    found = group_norm_silu(laid_out(x, layout), 2, weight, bias, activation=None).double()
+    torch.testing.assert_close(found, exact, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_inference_gives_the_bits_of_training(layout: str, laid_out: Any) -> None:
     """It has an entry of its own, which keeps no statistics."""
     x = laid_out(torch.randn(3, 48, 17, 19), layout)
