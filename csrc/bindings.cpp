@@ -6,6 +6,7 @@
 #include "geglu/cpu.h"
 #include "group_norm_silu/cpu.h"
 #include "vector_quantize/cpu.h"
+#include "vector_quantize/nearest_codes.h"
 #include "vector_quantize/search_kernels.h"
 #ifdef FASTLDM_WITH_CUDA
 #include "vector_quantize/cuda.h"
@@ -43,6 +44,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     return names;
   });
   module.def("use_instruction_set", &fastldm::use_search_kernels);
+  module.def("fastest_search", &fastldm::fastest_search);
 #ifdef FASTLDM_WITH_CUDA
   module.def("vector_quantize_fwd_cuda", &fastldm::cuda::vector_quantize_fwd, unlocked);
   module.def("vector_quantize_bwd_cuda", &fastldm::cuda::vector_quantize_bwd, unlocked);

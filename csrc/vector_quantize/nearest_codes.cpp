@@ -52,7 +52,17 @@ auto runner(double nanoseconds) {
   };
 }
 
+bool is_tree_faster(double codes, double depth, int64_t num_latents) {
+  return tree_costs(codes, depth).total(num_latents) < narrow_costs(codes, depth).total(num_latents);
+}
+
 }  // namespace
+
+const char* fastest_search(int64_t num_codes, int64_t depth, int64_t num_latents) {
+  if (depth > kMaxNarrowDepth) return "screen";
+  const double codes = static_cast<double>(num_codes), width = static_cast<double>(depth);
+  return is_tree_faster(codes, width, num_latents) ? "tree" : "narrow screen";
+}
 
 NearestCodes<float>::NearestCodes(const float* codebook, int64_t num_codes, int64_t depth,
                                   int64_t num_latents)
@@ -65,13 +75,13 @@ NearestCodes<float>::NearestCodes(const float* codebook, int64_t num_codes, int6
                                            runner(costs.prepare));
     return;
   }
-  const Costs tree = tree_costs(codes, width), narrow = narrow_costs(codes, width);
-  if (tree.total(num_latents) < narrow.total(num_latents)) {
-    cost_ = tree.find;
+  if (is_tree_faster(codes, width, num_latents)) {
+    const Costs costs = tree_costs(codes, width);
+    cost_ = costs.find;
     tree_ = std::make_unique<BoxTree>(codebook, num_codes, depth, kernels_.lanes,
-                                      parts_of(tree.prepare), runner(tree.prepare));
+                                      parts_of(costs.prepare), runner(costs.prepare));
   } else {
-    cost_ = narrow.find;
+    cost_ = narrow_costs(codes, width).find;
     narrow_ = std::make_unique<NarrowScreen>(codebook, num_codes, depth);
   }
 }

@@ -11,6 +11,7 @@ other: residual sums, concatenation, resampling, copies; and where time is conce
 
 from __future__ import annotations
 
+import functools
 import re
 
 FAMILIES = ("convolution", "attention", "norm", "update", "lookup", "other")
@@ -24,12 +25,13 @@ _PATTERNS = (
     ("lookup", re.compile(r"vector_?quantize", re.I)),
     ("norm", re.compile(r"norm|silu", re.I)),
     ("attention", re.compile(
-        r"attention|sdpa|fmha|flash|softmax|gemm|nvjet|(?:^|::|\.)(?:add|b|badd|addb)?mm(?:$|\.|_)"
+        r"attention|geglu|sdpa|fmha|flash|softmax|gemm|nvjet|(?:^|::|\.)(?:add|b|badd|addb)?mm(?:$|\.|_)"
         r"|linear|matmul|addmmbackward|mmbackward|einsum", re.I)),
     ("convolution", re.compile(r"conv|fprop|dgrad|wgrad|winograd", re.I)),
 )  # fmt: skip
 
 
+@functools.cache
 def family_of(name: str) -> str | None:
     """The family of an operator, or None where its name alone says nothing.
 

@@ -15,8 +15,11 @@ from torch import Tensor
 from fastldm.ops import _extension, backend, vector_quantize
 
 INSTRUCTION_SETS = [] if _extension.problem() else _extension.extension().instruction_sets()
-TREE, NARROW, WIDE = (3, 700, 3000), (6, 40, 500), (24, 500, 400)
+TREE, NARROW, WIDE = (3, 3000, 9600), (6, 40, 480), (24, 500, 384)
 """Depth, codes, latents."""
+TREES = [(1, 3000), (2, 3000), (3, 3000), (4, 4000), (5, 5000), (6, 7000), (7, 10000), (8, 14000)]
+"""Depth and codes for which a tree is chosen."""
+_CHECKED = 1000
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason=str(_extension.problem()))
 
@@ -36,18 +39,37 @@ def _random(depth: int, codes: int, latents: int) -> tuple[Tensor, Tensor]:
 
 
 def _assert_as_reference(z: Tensor, codebook: Tensor) -> Tensor:
-    found = {}
-    for name in ("cpp", "reference"):
-        with backend(name):
-            found[name] = vector_quantize(z, codebook).indices
-    assert torch.equal(found["cpp"], found["reference"])
-    return found["cpp"]
+    """Of so many latents as the slow reference can serve, the first and the last among them."""
+    with backend("cpp"):
+        found = vector_quantize(z, codebook).indices
+    latents = z.shape[2]
+    near = torch.arange(0, latents, max(1, latents // _CHECKED))
+    chosen = torch.cat([near, torch.arange(max(0, latents - 100), latents)]).unique()
+    with backend("reference"):
+        expected = vector_quantize(z[..., chosen], codebook).indices
+    assert torch.equal(found[:, chosen], expected)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("sizes", "search"), [(TREE, "tree"), (NARROW, "narrow screen"), (WIDE, "screen")]
+)
+def test_each_search_is_tried(sizes: tuple[int, int, int], search: str) -> None:
+    depth, codes, latents = sizes
+    assert _extension.extension().fastest_search(codes, depth, latents) == search
 
 
 @pytest.mark.parametrize("depth", range(1, 9))
 @pytest.mark.parametrize("codes", [17, 64, 65, 700])
 def test_narrow_latents(depth: int, codes: int) -> None:
     _assert_as_reference(*_random(depth, codes, 4000))
+
+
+@pytest.mark.parametrize(("depth", "codes"), TREES)
+def test_trees(depth: int, codes: int) -> None:
+    latents = 9600
+    assert _extension.extension().fastest_search(codes, depth, latents) == "tree"
+    _assert_as_reference(*_random(depth, codes, latents))
 
 
 @pytest.mark.parametrize("depth", [9, 16, 31, 64, 257])
@@ -60,8 +82,7 @@ def test_wide_latents(depth: int, codes: int) -> None:
 @pytest.mark.parametrize("latents", [1, 5, 95, 96, 97])
 def test_every_remainder_of_a_tile(sizes: tuple[int, int, int], latents: int) -> None:
     z, codebook = _random(*sizes)
-    # Repeated, so that the same search is chosen for a few latents more.
-    _assert_as_reference(z[..., :latents].repeat(1, 1, 30), codebook)
+    _assert_as_reference(torch.cat([z, z[..., :latents]], 2), codebook)
     _assert_as_reference(z[..., :latents], codebook)
 
 
@@ -102,6 +123,7 @@ def test_infinite_and_overflowing_values(sizes: tuple[int, int, int]) -> None:
     codebook[5, 0] = -torch.inf
     codebook[8] = 1e25
     z[0, 0, :4] = torch.tensor([torch.inf, -torch.inf, 1e25, -3e38])
+    z[0, 1, 4] = torch.inf
     indices = _assert_as_reference(z, codebook)
     assert indices[0, :2].tolist() == [0, 0]
     _assert_as_reference(z * 1e30, codebook * 1e30)
