@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from fastldm.profiling.device import synchronise
 from fastldm.profiling.families import FAMILIES, family_of
 
-_WHOLE = "fastldm whole"
+WHOLE = "fastldm whole"
+"""Name of the profiler's range around a call."""
 _MICROSECOND = 1e-6
 
 
@@ -68,48 +69,48 @@ def time_by_family(call: Callable[[], object], device: torch.device) -> FamilyTi
     with (
         _without_messages(),
         profile(activities=activities) as profiler,
-        record_function(_WHOLE),
+        record_function(WHOLE),
     ):
         call()
         synchronise(device)
     if device.type == "cuda":
         return _of_kernels(profiler)
-    return _of_operators(profiler.profiler.kineto_results.events())
+    return of_operators(profiler.profiler.kineto_results.events())
 
 
-def _of_operators(events: Iterable[Any]) -> FamilyTimes:
+def of_operators(events: Sequence[Any]) -> FamilyTimes:
     """From the profiler's own records, whose nesting is that of the calls.
 
     ``profiler.events()`` would make a tree of Python objects of them, in most of a second for a
     training step.
     """
-    records = sorted(
-        (event.start_ns(), -event.duration_ns(), event.name(), event.start_thread_id())
+    root = next(event for event in events if event.name() == WHOLE)
+    whole, thread = root.duration_ns(), root.start_thread_id()
+    spans = [
+        (event.start_ns(), event.start_ns() + event.duration_ns(), event.name())
         for event in events
-    )
-    start, minus_duration, _, thread = next(record for record in records if record[2] == _WHOLE)
-    whole = -minus_duration
+        if event.start_thread_id() == thread and event.name() != WHOLE
+    ]
     nanoseconds: Counter[str] = Counter({"other": whole})
-    around = [(start + whole, "other")]
-    for start, minus_duration, name, of_thread in records:
-        if of_thread != thread or name == _WHOLE or not start < around[0][0]:
+    around = [(root.start_ns() + whole, "other")]
+    for start, end, name in sorted(spans, key=lambda span: (span[0], -span[1])):
+        if start < root.start_ns() or start >= around[0][0]:
             continue
         while start >= around[-1][0]:
             around.pop()
         outer = around[-1][1]
-        # What an operator that has no family takes is that of the nearest that it serves.
+        # What an operator without a family takes is that of the nearest that it serves.
         family = family_of(name) or outer
-        nanoseconds[family] -= minus_duration
-        nanoseconds[outer] += minus_duration
-        around.append((start - minus_duration, family))
-    return _family_times(
-        {family: 1e-9 * taken for family, taken in nanoseconds.items()}, 1e-9 * whole
-    )
+        nanoseconds[family] += end - start
+        nanoseconds[outer] -= end - start
+        around.append((end, family))
+    seconds = {family: 1e-9 * taken for family, taken in nanoseconds.items()}
+    return _family_times(seconds, 1e-9 * whole)
 
 
 def _of_kernels(profiler: Any) -> FamilyTimes:
     events = [event for event in profiler.events() if event.device_type.name == "CPU"]
-    root = next(event for event in events if event.name == _WHOLE)
+    root = next(event for event in events if event.name == WHOLE)
     whole = root.cpu_time_total * _MICROSECOND
     seconds: Counter[str] = Counter()
     for event in events:

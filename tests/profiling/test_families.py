@@ -14,7 +14,8 @@ NAMES = {
     "attention": [
         "fastldm::cross_attention_fwd", "aten::_scaled_dot_product_flash_attention_for_cpu",
         "aten.addmm.default", "aten::mm", "aten::bmm", "aten::linear", "AddmmBackward0",
-        "MmBackward0", "aten._softmax_backward_data.default",
+        "MmBackward0", "aten._softmax_backward_data.default", "fastldm::geglu_fwd",
+        "_GEGLUBackward",
     ],
     "norm": [
         "aten::native_group_norm", "fastldm::group_norm_silu_bwd", "aten.silu_backward.default",
