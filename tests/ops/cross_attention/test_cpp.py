@@ -245,6 +245,24 @@ def test_large_scores(lk: int, scale: float) -> None:
     assert error <= 2 * allowed + 1e-6
 
 
+@pytest.mark.parametrize("lk", [7, 300])
+@pytest.mark.parametrize("scale", [-0.3, -4.0, 0.0, 1.5])
+def test_any_scale(lk: int, scale: float, assert_accurate: Any) -> None:
+    """The largest product has the smallest score where the scale is negative."""
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
+        return _plain(q * (scale * q.shape[-1] ** 0.5), k, v, None)
+
+    def fused(q: Tensor, k: Tensor, v: Tensor, _: Tensor | None) -> Tensor:
+        return ops.cross_attention(q, k, v, scale=scale)
+
+    operands = _operands((2, 20, lk, 1, 16))
+    exact = _with_gradients(plain, [value.double() for value in operands])
+    same_dtype, found = (_with_gradients(function, operands) for function in (plain, fused))
+    for got, as_torch, truth in zip(found, same_dtype, exact, strict=True):
+        assert_accurate(got, as_torch, truth)
+
+
 def test_weights_that_are_too_small_are_zero() -> None:
     """A value of any size that has no weight adds nothing."""
     q = torch.ones(1, 1, 1, 1)
