@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -51,7 +52,16 @@ def release(nvcc: Path) -> str:
 
 
 def kernels(source: Path, architecture: int, nvcc: Path) -> list[CudaKernel]:
-    """The kernels of one source, by name."""
+    """The kernels of one source, by name.
+
+    They are read from the extension where that was built after the sources last changed, and
+    otherwise compiled, in a minute for each architecture.
+    """
+    library = _current_extension()
+    if library is not None:
+        found = _of_source(source, _kernels_in(library, architecture))
+        if found:
+            return found
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernels.cubin")
         command = [
@@ -59,14 +69,36 @@ def kernels(source: Path, architecture: int, nvcc: Path) -> list[CudaKernel]:
             f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", source, "-o", binary,
         ]  # fmt: skip
         subprocess.run(command, check=True)
-        resources, code = (_dump(binary, what) for what in ("--dump-resource-usage", "--dump-sass"))
+        return _of_source(source, _kernels_in(binary, architecture))
+
+
+def _current_extension() -> Path | None:
+    built = [(path.stat().st_mtime, path) for path in (ROOT / "fastldm").glob("_C.*.so")]
+    sources = [*(ROOT / "csrc").rglob("*.*"), ROOT / "setup.py"]
+    changed = max(path.stat().st_mtime for path in sources)
+    return next((path for seconds, path in sorted(built, reverse=True) if seconds > changed), None)
+
+
+@functools.cache
+def _kernels_in(binary: Path, architecture: int) -> dict[str, CudaKernel]:
+    """Those of a cubin or a library, by symbol."""
+    resources, code = (
+        _dump(binary, architecture, what) for what in ("--dump-resource-usage", "--dump-sass")
+    )
     usage = dict(re.findall(r"Function (\w+):\s*\n\s*(.+)", resources))
-    found = [_read(_readable(symbol), usage[symbol], text) for symbol, text in _functions(code)]
-    return sorted(found, key=lambda kernel: kernel.name)
+    return {
+        symbol: _read(_readable(symbol), usage[symbol], text) for symbol, text in _functions(code)
+    }
 
 
-def _dump(binary: Path, what: str) -> str:
-    command = [_TOOLS / "cuobjdump", what, binary]
+def _of_source(source: Path, found: dict[str, CudaKernel]) -> list[CudaKernel]:
+    # The compiler names an unnamed namespace after the file.
+    own = [kernel for symbol, kernel in found.items() if f"_{source.stem}_cu_" in symbol]
+    return sorted(own, key=lambda kernel: kernel.name)
+
+
+def _dump(binary: Path, architecture: int, what: str) -> str:
+    command = [_TOOLS / "cuobjdump", f"-arch=sm_{architecture}", what, binary]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
