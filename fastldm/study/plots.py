@@ -8,7 +8,7 @@ from typing import Any
 from fastldm.storage import atomic_file
 
 _STYLES = {"none": ("black", "-", "o"), "kl": ("C0", "-", "o"), "vq": ("C1", "--", "s")}
-_SHADES = {1: 1.0, 2: 0.95, 4: 0.75, 8: 0.55, 16: 0.42, 32: 0.32}
+_SHADES = {1: 1.0, 2: 1.0, 4: 0.65, 8: 0.4, 16: 0.3, 32: 0.2}
 _DPI = 110
 _LABEL = 14
 """Height of a line with a cell's name, in pixels."""
@@ -71,6 +71,8 @@ def _reconstruction(figure: Any, results: dict[str, Any]) -> None:
 
 def _samples(figure: Any, results: dict[str, Any]) -> None:
     """Distance of samples against the cost of training, and of drawing one."""
+    from matplotlib.ticker import LogFormatter
+
     figure.set_size_inches(9.2, 3.8)
     training, sampling = figure.subplots(1, 2, sharey=True)
     for cell in results["cells"]:
@@ -78,15 +80,20 @@ def _samples(figure: Any, results: dict[str, Any]) -> None:
         costs = [cell["first_stage"]["tflop"] + point["tflop"] for point in cell["curve"]]
         distances = [point["distance"] for point in cell["curve"]]
         training.plot(costs, distances, label=cell["name"], **style)
-        sampling.plot([cell["sampling_tflop"]], distances[-1:], label=cell["name"], **style)
-        sampling.annotate(cell["name"], (cell["sampling_tflop"], distances[-1]),
-                          textcoords="offset points", xytext=(5, 5), fontsize=8)  # fmt: skip
+        gflop = 1000 * cell["sampling_tflop"]
+        sampling.plot([gflop], distances[-1:], label=cell["name"], **style)
+        sampling.annotate(cell["name"], (gflop, distances[-1]), textcoords="offset points",
+                          xytext=(5, 5), fontsize=8, annotation_clip=False)  # fmt: skip
     for axes in (training, sampling):
         axes.axhline(results["held_out_distance"], color="0.5", linestyle=":", linewidth=1)
         axes.set(xscale="log", yscale="log")
+        axes.margins(x=0.12)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.6)))
         axes.grid(alpha=0.3, which="both")
     training.set(xlabel="training cost, both stages, TFLOP", ylabel=results["distance"])
-    sampling.set(xlabel="cost of one sample, TFLOP")
+    sampling.set(xlabel="cost of one sample, GFLOP")
     training.legend(fontsize=8)
 
 
