@@ -112,7 +112,9 @@ def test_output_and_every_gradient(
 @pytest.mark.parametrize(
     ("shape", "groups"),
     [((1, 320, 3, 3), 32), ((3, 6), 3), ((2, 6, 7), 2), ((1, 8, 2, 3, 2), 4), ((2, 12, 1, 1), 4),
-     ((2, 4, 1, 1), 4), ((0, 8, 3, 3), 2)],
+     ((2, 4, 1, 1), 4), ((0, 8, 3, 3), 2),
+     # More pixels than C++ takes at once, in either layout.
+     ((2, 8, 51, 47), 2), ((1, 2048, 9, 5), 32)],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_shapes(shape: tuple[int, ...], groups: int, layout: str, laid_out: Any) -> None:
