@@ -123,11 +123,7 @@ def choose(op_name: str, x: Tensor, *args: Any, **kwargs: Any) -> str:
 
 def prefers_cpp(x: Tensor) -> bool:
     """Whether calls on `x` go to the C++ kernels, as far as its device says."""
-    return (
-        x.device.type == "cpu"
-        and _requested.get() in ("auto", "cpp")
-        and _extension_problem() is None
-    )
+    return x.is_cpu and _requested.get() in ("auto", "cpp") and _extension_problem() is None
 
 
 def why_not(op_name: str, name: str, *args: Any, **kwargs: Any) -> str | None:
