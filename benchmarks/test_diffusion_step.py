@@ -22,6 +22,8 @@ CONFIG = {
 _IMAGES_MOVED = 5
 """The sample and two model outputs are read, the next sample and x₀ are written."""
 _ACTIVATIONS = 2**24
+_RUNS = 5
+"""For the spread of the ratios: a step takes microseconds, most of them Python's."""
 
 
 def _formula(x: Tensor, c: Tensor, u: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,5 +89,6 @@ def test_guided_ddim_step(shape: tuple[int, ...], race: Race) -> None:
                 "torch.compile": lambda: compiled(*operands),
                 "copy of the sample": sample.clone,
                 "copy of as many bytes": as_many_bytes.clone,
-            }
+            },
+            runs=_RUNS,
         )
