@@ -16,7 +16,7 @@ from fastldm.models import UNet2DModel
 from fastldm.profiling import narrow
 
 STEPS = 4
-ROUNDS = 7
+ROUNDS = 15
 CONFIG = {"beta_start": 0.0015, "beta_end": 0.0195, "beta_schedule": "scaled_linear"}
 SCHEDULERS = {
     "DDIMScheduler": {"clip_sample": False},

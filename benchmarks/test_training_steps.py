@@ -14,7 +14,7 @@ from benchmarks.timing import Race
 from fastldm.profiling import narrow
 
 BATCH = 2
-ROUNDS = 5
+ROUNDS = 15
 _LEARNING_RATE = 1e-7
 """So small that losses of later calls can be held against the first one's."""
 
