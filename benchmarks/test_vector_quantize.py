@@ -118,16 +118,18 @@ def test_statistics(size: tuple[int, int, int], race: Race) -> None:
     z, codebook = _operands(*size)
     indices = vector_quantize(z, codebook).indices
 
-    def plain() -> Tensor:
-        rows = z.movedim(1, -1).flatten(0, -2)
-        return torch.zeros_like(codebook).index_add_(0, indices.flatten(), rows)
+    def plain() -> tuple[Tensor, Tensor]:
+        rows, flat = z.movedim(1, -1).flatten(0, -2), indices.flatten()
+        counts = torch.bincount(flat, minlength=len(codebook))
+        return counts, torch.zeros_like(codebook).index_add_(0, flat, rows)
 
-    own = codebook_statistics(z, indices, len(codebook))
-    torch.testing.assert_close(own.sums, plain(), rtol=1e-4, atol=1e-4)
+    own, (counts, sums) = codebook_statistics(z, indices, len(codebook)), plain()
+    assert torch.equal(own.counts, counts)
+    torch.testing.assert_close(own.sums, sums, rtol=1e-4, atol=1e-4)
     race(
         {
             "fastldm": lambda: codebook_statistics(z, indices, len(codebook)),
-            "index_add_": plain,
+            "bincount and index_add_": plain,
         },
         rounds=21,
     )

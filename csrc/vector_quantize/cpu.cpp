@@ -83,30 +83,51 @@ bool quantize_tiles(const at::Tensor& z, const at::Tensor& codebook, int64_t cha
 }
 
 // How many latents have each code.
-std::vector<int64_t> count_codes(const at::Tensor& indices, int64_t num_codes) {
-  std::vector<int64_t> counts(num_codes, 0);
+at::Tensor count_codes(const at::Tensor& indices, int64_t num_codes) {
+  const at::Tensor counts = at::zeros({num_codes}, indices.options());
+  int64_t* counted = counts.mutable_data_ptr<int64_t>();
   const int64_t* index = indices.const_data_ptr<int64_t>();
   for (int64_t n = 0; n < indices.numel(); ++n) {
     TORCH_CHECK_INDEX(0 <= index[n] && index[n] < num_codes, "indices: got ", index[n],
                       "; accepted: 0 to ", num_codes - 1);
-    ++counts[index[n]];
+    ++counted[index[n]];
   }
   return counts;
 }
 
+// The codes that occur, often few of many, and the place of each among them.
+struct OccurringCodes {
+  std::vector<int32_t> codes, place;  // place: [K]; any number for a code that does not occur
+
+  explicit OccurringCodes(const at::Tensor& counts) : codes(counts.numel()), place(counts.numel()) {
+    const int64_t* counted = counts.const_data_ptr<int64_t>();
+    int32_t found = 0;
+    // Without a branch, which would be mispredicted for every code that occurs.
+    for (int64_t k = 0; k < counts.numel(); ++k) {
+      place[k] = found;
+      codes[found] = static_cast<int32_t>(k);
+      found += counted[k] > 0;
+    }
+    codes.resize(found);
+  }
+};
+
 // sums[k] = factor · Σ (z_n - origin(k)) over the latents n of code k, accumulated in double. A
 // channel belongs to one thread, which adds in the order of the latents.
 template <typename Z, typename T, typename Origin>
-void sum_by_code(const at::Tensor& z, int64_t channel_dim, const at::Tensor& indices, double factor,
-                 Origin origin, at::Tensor& sums) {
+void sum_by_code(const at::Tensor& z, int64_t channel_dim, const at::Tensor& indices,
+                 const at::Tensor& counts, double factor, Origin origin, at::Tensor& sums) {
   constexpr int64_t kChannels = 8;
-  const int64_t num_codes = sums.size(0), depth = sums.size(1), num_latents = indices.numel();
+  const int64_t depth = sums.size(1), num_latents = indices.numel();
+  const OccurringCodes occurring(counts);
+  const int64_t num_occurring = static_cast<int64_t>(occurring.codes.size());
+  sums.zero_();
   const Positions at_z(z, channel_dim);
   const Z* z_data = z.const_data_ptr<Z>();
   const int64_t* index = indices.const_data_ptr<int64_t>();
   T* sums_data = sums.mutable_data_ptr<T>();
   at::parallel_for(0, depth, elements_grain(depth, z.numel()), [&](int64_t begin, int64_t end) {
-    std::vector<double> sum(num_codes * std::min(kChannels, end - begin));
+    std::vector<double> sum(num_occurring * std::min(kChannels, end - begin));
     for (int64_t first = begin; first < end; first += kChannels) {
       const int64_t width = std::min(kChannels, end - first);
       std::fill(sum.begin(), sum.end(), 0.0);
@@ -114,15 +135,19 @@ void sum_by_code(const at::Tensor& z, int64_t channel_dim, const at::Tensor& ind
         const int64_t count = std::min<int64_t>(kTile, num_latents - tile);
         int64_t place[kTile];
         at_z.offsets(tile, count, place);
-        for_each_in_blocks(count, width, [&](int64_t p, int64_t i) {
-          const int64_t k = index[tile + p], d = first + i;
-          sum[k * width + i] +=
-              static_cast<double>(z_data[place[p] + d * at_z.channel_stride]) - origin(k, d);
-        });
+        for (int64_t p = 0; p < count; ++p) {
+          const int64_t k = index[tile + p];
+          const Z* from = z_data + place[p] + first * at_z.channel_stride;
+          double* to = sum.data() + occurring.place[k] * width;
+          for (int64_t i = 0; i < width; ++i) {
+            to[i] += static_cast<double>(from[i * at_z.channel_stride]) - origin(k, first + i);
+          }
+        }
       }
-      for (int64_t k = 0; k < num_codes; ++k)
+      for (int64_t j = 0; j < num_occurring; ++j)
         for (int64_t i = 0; i < width; ++i)
-          sums_data[k * depth + first + i] = static_cast<T>(factor * sum[k * width + i]);
+          sums_data[int64_t{occurring.codes[j]} * depth + first + i] =
+              static_cast<T>(factor * sum[j * width + i]);
     }
   });
 }
@@ -141,7 +166,8 @@ void gradients(const at::Tensor& grad_z_q, double grad_codebook_loss, double gra
   const int64_t* index_data = indices.const_data_ptr<int64_t>();
   Z* grad_z_data = grad_z.mutable_data_ptr<Z>();
 
-  count_codes(indices, codebook.size(0));  // Checks them, before they are used.
+  // Checks the indices, too, before they are used.
+  const at::Tensor counts = count_codes(indices, codebook.size(0));
   const auto grain = elements_grain(num_latents, z.numel());
   at::parallel_for(0, num_latents, grain, [&](int64_t begin, int64_t end) {
     for (int64_t first = begin; first < end; first += kTile) {
@@ -160,7 +186,7 @@ void gradients(const at::Tensor& grad_z_q, double grad_codebook_loss, double gra
     }
   });
   sum_by_code<Z, T>(
-      z, channel_dim, indices, -grad_codebook_loss * share,
+      z, channel_dim, indices, counts, -grad_codebook_loss * share,
       [&](int64_t k, int64_t d) { return static_cast<double>(codes[k * depth + d]); },
       grad_codebook);
 }
@@ -235,18 +261,16 @@ std::tuple<at::Tensor, at::Tensor> codebook_statistics(const at::Tensor& z,
   TORCH_CHECK(indices.numel() * z.size(channel_dim) == z.numel(), "z and indices differ in size");
   const bool is_double = z.scalar_type() == at::kDouble;
   const at::Tensor dense_indices = indices.contiguous();
-  const std::vector<int64_t> counted = count_codes(dense_indices, num_embeddings);
-  at::Tensor counts = at::empty({num_embeddings}, z.options().dtype(at::kLong));
-  std::copy(counted.begin(), counted.end(), counts.mutable_data_ptr<int64_t>());
+  const at::Tensor counts = count_codes(dense_indices, num_embeddings);
   at::Tensor sums = at::empty({num_embeddings, z.size(channel_dim)},
                               z.options().dtype(is_double ? at::kDouble : at::kFloat));
   const auto zero = [](int64_t, int64_t) { return 0.0; };
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, z.scalar_type(), "codebook_statistics", [&] {
         if (is_double) {
-          sum_by_code<scalar_t, double>(z, channel_dim, dense_indices, 1.0, zero, sums);
+          sum_by_code<scalar_t, double>(z, channel_dim, dense_indices, counts, 1.0, zero, sums);
         } else {
-          sum_by_code<scalar_t, float>(z, channel_dim, dense_indices, 1.0, zero, sums);
+          sum_by_code<scalar_t, float>(z, channel_dim, dense_indices, counts, 1.0, zero, sums);
         }
       });
   return {counts, sums};

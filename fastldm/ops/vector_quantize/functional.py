@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastldm.errors import ConfigError
-from fastldm.ops import _checks, _dispatch
+from fastldm.ops import _checks, _direct, _dispatch
 from fastldm.ops.vector_quantize import reference
 
 
@@ -101,11 +101,9 @@ def codebook_statistics(
     if num_embeddings < 1:
         raise ConfigError(f"num_embeddings: got {num_embeddings}; accepted: 1 or more")
     backend = _dispatch.choose("codebook_statistics", z, indices, num_embeddings, channel_dim=dim)
-    return CodebookStatistics(
-        *torch.ops.fastldm.vector_quantize_statistics(
-            z.detach(), indices, num_embeddings, dim, backend=backend
-        )
-    )
+    z = z.detach()
+    statistics = _direct.raw("vector_quantize_statistics", backend, z, indices)
+    return CodebookStatistics(*statistics(z, indices, num_embeddings, dim))
 
 
 class _VectorQuantize(torch.autograd.Function):
