@@ -77,6 +77,7 @@ def _device(folder: Path) -> Iterator[str]:
     names = {content["stamp"]["device"] for content in contents.values()}
     if contents:
         yield f"## {', '.join(sorted(names))}"
+        yield from _summary(contents)
         yield from _lost(contents)
     for name, content in contents.items():
         yield f"### {name.removesuffix('.json')}"
@@ -161,6 +162,28 @@ def _spreads(ratios: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[st
         yield "\n".join(lines)
 
 
+def _summary(contents: Mapping[str, Content]) -> Iterator[str]:
+    """How many times as long as ours another takes, over all sizes of a function."""
+    rows = []
+    for content in contents.values():
+        for function, tests in _by_function(content["benchmarks"]).items():
+            ratios: dict[str, list[float]] = {}
+            for _, contestants in tests.values():
+                for name, ratio in _against_ours(contestants):
+                    ratios.setdefault(name, []).append(ratio)
+            found = [f"{name} {_mean_and_range(of_name)}" for name, of_name in ratios.items()]
+            if found:
+                rows.append(f"| {function} | {', '.join(found)} |")
+    if rows:
+        yield "How many times as long as fastldm another takes: the geometric mean over all sizes."
+        yield "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+def _mean_and_range(ratios: Sequence[float]) -> str:
+    mean = f"{statistics.geometric_mean(ratios):.2f}"
+    return f"{mean} ({min(ratios):.2f} to {max(ratios):.2f})" if len(ratios) > 1 else mean
+
+
 def _lost(contents: Mapping[str, Content]) -> Iterator[str]:
     """Where another contestant was faster than ours."""
     lines, races = [], 0
@@ -170,7 +193,8 @@ def _lost(contents: Mapping[str, Content]) -> Iterator[str]:
                 races += next(iter(contestants)).startswith(OURS)
                 lines += [
                     f"- {function}, {size}: {name} takes {ratio:.2f} of our time"
-                    for name, ratio in _faster(contestants)
+                    for name, ratio in _against_ours(contestants)
+                    if ratio < 1
                 ]
     if lines:
         yield "\n".join(["Here fastldm was slower than another:", "", *lines])
@@ -178,15 +202,14 @@ def _lost(contents: Mapping[str, Content]) -> Iterator[str]:
         yield f"In none of {races} races was another faster than fastldm."
 
 
-def _faster(contestants: Contestants) -> Iterator[tuple[str, float]]:
+def _against_ours(contestants: Contestants) -> Iterator[tuple[str, float]]:
+    """Each that does the same work, with its median time over ours."""
     ours, *others = contestants
     if not ours.startswith(OURS):
         return
-    first = contestants[ours]["median"]
     for name in others:
-        median = contestants[name]["median"]
-        if not name.startswith((OURS, *_YARDSTICKS)) and median < first:
-            yield name, median / first
+        if not name.startswith((OURS, *_YARDSTICKS)):
+            yield name, contestants[name]["median"] / contestants[ours]["median"]
 
 
 def _gpu(folder: Path) -> str:

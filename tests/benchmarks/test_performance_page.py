@@ -69,6 +69,7 @@ def test_times_ratios_spreads_and_where_we_lose(tmp_path: Path) -> None:
     assert "| small | 10.0 µs | 5.0 µs (0.50) | 25.0 µs (2.50) | 1 / 1 / 1 |" in found
     assert "| large | 2.00 ms | 5.0 µs (0.00) | 1.50 ms (0.75) | 1 / 1 / 1 |" in found
     assert "- 128: f=1 takes 8.00 times as long as f=4 (7.00 to 9.00 in 3 runs)" in found
+    assert "| norm: forward | eager 1.37 (0.75 to 2.50) |" in found
     losses = [line for line in found.splitlines() if "of our time" in line]
     assert losses == ["- norm: forward, large: eager takes 0.75 of our time"]
     assert "No GPU has been measured" in found
