@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -322,32 +319,3 @@ def test_which_calls_it_serves() -> None:
     assert _dispatch.choose("cross_attention", wide, many, many) == "cpp"
     with pytest.raises(BackendUnavailableError, match=r"no kernel for q of torch\.float64"):
         ops.cross_attention(*(t.double() for t in (q, k, v)))
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_other_instruction_sets(capability: str) -> None:
-    """In a process of its own, because the choice is made once."""
-    code = """
-import torch
-from fastldm import ops
-torch.manual_seed(0)
-for dtype in (torch.float16, torch.bfloat16, torch.float32):
-    for lk, width in ((7, 7), (77, 40), (300, 24)):
-        q, k, v = (torch.randn(2, n, 2, width).to(dtype).requires_grad_() for n in (37, lk, lk))
-        mask, upstream = torch.rand(2, lk) < 0.7, torch.randn(2, 37, 2, width).to(dtype)
-        results = []
-        for name in ("cpp", "reference"):
-            with ops.backend(name):
-                o = ops.cross_attention(q, k, v, key_mask=mask)
-            results.append([o, *torch.autograd.grad(o, (q, k, v), upstream)])
-        for got, want in zip(*results):
-            tolerance = 2e-5 if dtype == torch.float32 else 2e-2
-            torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
-print(torch.backends.cpu.get_cpu_capability())
-"""
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip().lower() in (capability, "no avx")
