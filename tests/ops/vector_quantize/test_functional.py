@@ -25,7 +25,7 @@ def _on_backend(lookup_backend: str) -> Iterator[None]:
 
 
 def _operands(
-    shape: tuple[int, ...] = (2, 5, 7, 6), codes: int = 50, dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = (3, 5, 7, 9), codes: int = 50, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(codes)
     z = torch.randn(shape, generator=generator).to(dtype)
@@ -211,8 +211,8 @@ def test_every_element_is_written(layout: str, laid_out: Any, poisoned_memory: N
 
 def test_neighbouring_memory_is_not_touched() -> None:
     """A slice's surroundings are neither read (NaN) nor written."""
-    wide = torch.full((2, 10, 9, 8), torch.nan)
-    z = wide[:, ::2, 1:8, 1:7]
+    wide = torch.full((3, 10, 9, 11), torch.nan)
+    z = wide[:, ::2, 1:8, 1:10]
     z.copy_(_operands()[0])
     before = wide.clone()
     vector_quantize(z, _operands()[1])

@@ -23,7 +23,7 @@ def _on_backend(lookup_backend: str) -> Iterator[None]:
 
 
 def _assigned(
-    shape: tuple[int, ...] = (2, 11, 7, 6), codes: int = 9, dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = (3, 11, 7, 9), codes: int = 9, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """Latents, and indices among which one code is in most places and one in none."""
     generator = torch.Generator().manual_seed(codes)
