@@ -25,9 +25,12 @@ _QUIET = frozenset(
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def may_call_kernel(*operands: Tensor | None) -> bool:
-    """Whether nothing listens to operations on these tensors; never while a graph is traced."""
-    if torch.compiler.is_compiling() or profiler._is_profiler_enabled:
+def may_call_kernel(*operands: Tensor | None, backend: str) -> bool:
+    """Whether nothing listens to operations on these tensors; never while a graph is traced.
+
+    Profilers listen, but the C++ kernels show themselves to them, under their own names.
+    """
+    if torch.compiler.is_compiling() or (profiler._is_profiler_enabled and backend != "cpp"):
         return False
     if torch._C._dispatch_tls_local_include_set().raw_repr() not in _QUIET:
         return False
@@ -44,6 +47,6 @@ def may_call_kernel(*operands: Tensor | None) -> bool:
 
 def raw(name: str, backend: str, *operands: Tensor | None) -> Callable[..., Any]:
     """What computes the raw operator `name` on these operands: the kernel itself where it may."""
-    if may_call_kernel(*operands):
+    if may_call_kernel(*operands, backend=backend):
         return _schema.kernel(name, backend)
     return partial(getattr(torch.ops.fastldm, name), backend=backend)

@@ -21,8 +21,9 @@ UPDATE_RANGE = "fastldm update"
 
 # In the order in which they are tried on an operator's or a kernel's name.
 _PATTERNS = (
-    ("update", re.compile(rf"{UPDATE_RANGE}|ddim_step|ddpm_step|optimizer|_fused_adam", re.I)),
-    ("lookup", re.compile(r"vector_?quantize", re.I)),
+    ("update", re.compile(
+        rf"{UPDATE_RANGE}|(?:ddim|ddpm|diffusion)_step|optimizer|_fused_adam", re.I)),
+    ("lookup", re.compile(r"vector_?quantize|codebook", re.I)),
     ("norm", re.compile(r"norm|silu", re.I)),
     ("attention", re.compile(
         r"attention|geglu|sdpa|fmha|flash|softmax|gemm|nvjet|(?:^|::|\.)(?:add|b|badd|addb)?mm(?:$|\.|_)"

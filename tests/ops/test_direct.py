@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,9 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastldm import ops
-from fastldm.ops._direct import may_call_kernel
+from fastldm.ops import _direct, _extension
+
+may_call_kernel = functools.partial(_direct.may_call_kernel, backend="reference")
 
 
 class _Subclass(torch.Tensor):
@@ -47,12 +50,26 @@ def test_nobody_listens_to_plain_tensors() -> None:
 
 def test_a_profiler_listens() -> None:
     x = torch.randn(2, 4, 3, 3)
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile() as profile, ops.backend("reference"):
         assert not may_call_kernel(x)
         ops.group_norm_silu(x, 2)
     assert may_call_kernel(x)
+    assert "aten::native_group_norm" in {event.name for event in profile.events()}
+
+
+@pytest.mark.skipif(_extension.problem() is not None, reason=str(_extension.problem()))
+def test_a_profiler_sees_cpp_kernels_that_are_called_directly() -> None:
+    x, hidden = torch.randn(2, 4, 3, 3), torch.randn(3, 8)
+    row = ops.ddim_coefficients(torch.tensor(0.3), torch.tensor(0.6))
+    with torch.profiler.profile() as profile, ops.backend("cpp"):
+        assert _direct.may_call_kernel(x, backend="cpp")
+        ops.group_norm_silu(x.requires_grad_(), 2).sum().backward()
+        ops.group_norm_silu(x.detach(), 2)
+        ops.geglu(hidden)
+        ops.ddim_step(hidden, hidden, row)
     names = {event.name for event in profile.events()}
-    assert names & {"fastldm::group_norm_silu_fwd", "aten::native_group_norm"}
+    for kernel in ("group_norm_silu", "group_norm_silu_bwd", "geglu_fwd", "diffusion_step_fwd"):
+        assert f"fastldm::{kernel}" in names
 
 
 def test_modes_and_subclasses_listen() -> None:

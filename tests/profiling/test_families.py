@@ -21,8 +21,13 @@ NAMES = {
         "aten::native_group_norm", "fastldm::group_norm_silu_bwd", "aten.silu_backward.default",
         "_GroupNormSiLUBackward", "aten::layer_norm",
     ],
-    "update": [UPDATE_RANGE, "fastldm::ddim_step_fwd", "Optimizer.step#AdamW.step"],
-    "lookup": ["fastldm::vector_quantize_fwd", "_VectorQuantize"],
+    "update": [
+        UPDATE_RANGE, "fastldm::ddim_step_fwd", "fastldm::diffusion_step_fwd",
+        "Optimizer.step#AdamW.step",
+    ],
+    "lookup": [
+        "fastldm::vector_quantize_fwd", "_VectorQuantize", "fastldm::codebook_statistics",
+    ],
 }  # fmt: skip
 
 

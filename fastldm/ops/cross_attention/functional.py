@@ -52,7 +52,7 @@ def cross_attention(
         # fused backward of its own, which the compiler knows, too.
         return reference.cross_attention_fwd(q, k, v, factor, key_mask)
     result: Tensor
-    if _direct.may_call_kernel(q, k, v, key_mask):
+    if _direct.may_call_kernel(q, k, v, key_mask, backend=backend):
         result = _schema.kernel("cross_attention_fwd", backend)(q, k, v, factor, key_mask)
     else:
         result = _CrossAttention.apply(q, k, v, factor, key_mask, backend)

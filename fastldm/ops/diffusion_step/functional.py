@@ -276,7 +276,7 @@ def _step(
     """
     operands = (sample, model_output, coefficients)
     tensors = (*operands, *map(options.get, _TENSOR_OPTIONS))
-    if prefers_cpp(sample) and _direct.may_call_kernel(*tensors):
+    if prefers_cpp(sample) and _direct.may_call_kernel(*tensors, backend="cpp"):
         # The kernel refuses what the checks refuse. They cost more time than a small step, and are
         # to say what is wrong.
         try:

@@ -39,7 +39,7 @@ def geglu(hidden_states: Tensor) -> Tensor:
     if backend == "reference":
         # The plain formula, which autograd differentiates and the compiler fuses.
         return reference.geglu_fwd(hidden_states)
-    if _direct.may_call_kernel(hidden_states):
+    if _direct.may_call_kernel(hidden_states, backend=backend):
         result: Tensor = _schema.kernel("geglu_fwd", backend)(hidden_states)
     else:
         result = _GEGLU.apply(hidden_states, backend)

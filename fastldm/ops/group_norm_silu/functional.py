@@ -59,7 +59,7 @@ def group_norm_silu(
     if (
         (silu or activation is None)
         and _dispatch.prefers_cpp(x)
-        and _direct.may_call_kernel(x, *operands)
+        and _direct.may_call_kernel(x, *operands, backend="cpp")
     ):
         # The kernel refuses what the checks refuse. They cost more time than a small tensor, and
         # are to say what is wrong.
@@ -77,7 +77,7 @@ def group_norm_silu(
         # the additions around it, where a raw operator would be a black box.
         return _formula(x, *operands, num_groups=num_groups, eps=eps, silu=silu)
     result: Tensor
-    if _direct.may_call_kernel(x, *operands):
+    if _direct.may_call_kernel(x, *operands, backend=backend):
         result, _, _ = _schema.kernel("group_norm_silu_fwd", backend)(
             x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift
         )
