@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -243,11 +244,16 @@ def _shares(flops: int, nbytes: int, seconds: float, roofs: Roofs) -> dict[str, 
 
 
 def measure_ratio(
-    pixels: LDMSpec, latents: LDMSpec, conditions: Conditions, rounds: int
+    pixels: LDMSpec,
+    latents: LDMSpec,
+    conditions: Conditions,
+    rounds: int,
+    advance: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """How many times faster latents of images are than pixels of the same size, at batch 1.
 
     Both take turns, so that a slow moment of the machine slows both; a round gives one ratio.
+    `advance` is called after each.
 
     Returns:
         For JSON: ``sample`` (with decoding), ``train`` (from a latent cache) and
@@ -277,4 +283,5 @@ def measure_ratio(
         found["sample"].append(steps * sample_1 / (steps * sample_f + decoded))
         found["train"].append(train_1 / train_f)
         found["train_from_image"].append(train_1 / (train_f + encoded))
+        advance()
     return {"pixels": pixels.name, "latents": latents.name, "rounds": rounds, **found}

@@ -85,6 +85,7 @@ def _by_f(axes: Axes, report: dict[str, Any], y: str) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(factors, [str(f) for f in factors])
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.minorticks_off()
     axes.set_xlabel("downsampling factor f (1: pixels)")
     axes.set_ylabel(y)

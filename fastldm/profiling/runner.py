@@ -136,11 +136,18 @@ class Profile:
         )
         if problem is not None:
             return {"not_measured": problem}
+
+        def work() -> dict[str, Any]:
+            progress = self._progress(_ROUNDS, f"f={latents.f} against f={pixels.f}", "round")
+            found = measure_ratio(pixels, latents, conditions, _ROUNDS, progress.update)
+            progress.close()
+            return found
+
         return self._kept(
             "ratio",
             {"pixels": asdict(pixels), "latents": asdict(latents), "rounds": _ROUNDS},
             self._seconds_of((_ROUNDS + 1) * 1.5 * costs.train.total_flops),
-            lambda: measure_ratio(pixels, latents, conditions, _ROUNDS),
+            work,
         )
 
     def _kept(
@@ -210,11 +217,11 @@ class Profile:
             return None
         return 60 * self._config.max_minutes - (time.monotonic() - self._started)
 
-    def _progress(self, total: int, what: str) -> Any:
+    def _progress(self, total: int, what: str, unit: str = "model") -> Any:
         from tqdm.auto import tqdm
 
         return tqdm(
-            total=total, desc=what, unit="model", disable=not self._config.progress_bar or not total
+            total=total, desc=what, unit=unit, disable=not self._config.progress_bar or not total
         )
 
 
