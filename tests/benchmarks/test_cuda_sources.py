@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks import cuda_sources
 from benchmarks.cuda_sources import CudaKernel, _read, _readable
 from benchmarks.specialisations.vector_quantize import problems_of
 
@@ -62,6 +65,36 @@ def test_widths_and_resources() -> None:
     assert _read("a_kernel", usage, code) == CudaKernel(
         "a_kernel", 40, 1024, 24, (2, 4, 16), (8,), (16,), 1
     )
+
+
+def test_an_extension_older_than_its_sources_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, library = tmp_path / "csrc" / "op" / "cuda.cu", tmp_path / "fastldm" / "_C.any.so"
+    for path in (tmp_path / "setup.py", source, library):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        os.utime(path, (0, 1))
+    monkeypatch.setattr(cuda_sources, "ROOT", tmp_path)
+    assert cuda_sources._current_extension() is None
+    os.utime(library, (0, 2))
+    assert cuda_sources._current_extension() == library
+    os.utime(source, (0, 3))
+    assert cuda_sources._current_extension() is None
+    library.unlink()
+    assert cuda_sources._current_extension() is None
+
+
+def test_the_kernels_of_one_source() -> None:
+    named = [dataclasses.replace(GOOD, name=name) for name in ("b", "a", "c")]
+    symbols = (
+        "_N_0_7_cuda_cu_1b_kernel",
+        "_N_0_7_cuda_cu_1a_kernel",
+        "_N_0_16_cuda_backward_cu_1c",
+    )
+    found = dict(zip(symbols, named, strict=True))
+    assert [k.name for k in cuda_sources._of_source(Path("csrc/op/cuda.cu"), found)] == ["a", "b"]
+    assert [k.name for k in cuda_sources._of_source(Path("cuda_backward.cu"), found)] == ["c"]
 
 
 @pytest.mark.parametrize(
