@@ -51,16 +51,15 @@ def _by_both(
     function: Callable[[], Tensor], leaves: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The result and the leaves' gradients: those of the C++ kernels and the reference's."""
-    upstream = torch.randn(0)
-    found = []
+    results = []
     for name in ("cpp", "reference"):
         with ops.backend(name):
-            y = function()
-        if upstream.shape != y.shape:
-            upstream = torch.randn(y.shape).to(y.dtype)
-        gradients = torch.autograd.grad(y, leaves, upstream) if leaves else ()
-        found.append([y.detach(), *gradients])
-    return found[0], found[1]
+            results.append(function())
+    upstream = torch.randn(results[0].shape).to(results[0].dtype)
+    found, expected = (
+        [y.detach(), *(torch.autograd.grad(y, leaves, upstream) if leaves else ())] for y in results
+    )
+    return found, expected
 
 
 def _group_norm_silu(layout: torch.memory_format, dtype: torch.dtype) -> None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastldm.profiling import FAMILIES, narrow
-from fastldm.profiling.families import family_of
+from fastldm.profiling import FAMILIES, narrow, tracing
 from fastldm.profiling.tracing import WHOLE, of_operators, peak_memory, time_by_family
 from fastldm.profiling.workloads import BACKENDS, Sampling, Training
 
@@ -50,16 +48,8 @@ def test_times_are_those_of_the_profilers_own_tree(sampling: Sampling) -> None:
     found = of_operators(profiler.profiler.kineto_results.events())
     expected = Counter(dict.fromkeys(FAMILIES, 0.0))
     for event in profiler.events():
-        expected[_family(event)] += 1e-6 * event.self_cpu_time_total
+        expected[tracing._family(event)] += 1e-6 * event.self_cpu_time_total
     assert found.by_family == pytest.approx(expected, rel=1e-3, abs=1e-6)
-
-
-def _family(event: Any) -> str:
-    while event is not None:
-        if (family := family_of(event.name)) is not None:
-            return family
-        event = event.cpu_parent
-    return "other"
 
 
 def test_decoding_has_a_lookup(sampling: Sampling) -> None:

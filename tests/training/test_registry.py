@@ -96,7 +96,7 @@ def test_a_folder_without_a_first_stage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"its model is in .*final$"):
         load_first_stage(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(ConfigError, match="got 'UNet2DModel'"):
+    with pytest.raises(ConfigError, match="VQModel or IdentityFirstStage, got 'UNet2DModel'"):
         load_first_stage(tmp_path)
     AutoencoderKL(block_out_channels=(32,)).save_pretrained(tmp_path)
     weights = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -19,7 +19,7 @@ TREE, NARROW, WIDE = (3, 3000, 9600), (6, 40, 480), (24, 500, 384)
 """Depth, codes, latents."""
 TREES = [(1, 3000), (2, 3000), (3, 3000), (4, 4000), (5, 5000), (6, 7000), (7, 10000), (8, 14000)]
 """Depth and codes for which a tree is chosen."""
-_CHECKED = 1000
+_CHECKED = 4000
 
 pytestmark = pytest.mark.skipif(not INSTRUCTION_SETS, reason=str(_extension.problem()))
 
