@@ -79,45 +79,46 @@ struct ExpLimits {
   FASTLDM_INLINE ExpLimits() { __asm__("" : "+m"(smallest), "+m"(largest)); }
 };
 
-// exp(-p)/2, to about an ulp; nearly 0 for large p.
-//
-// With -p = n ln 2 - r the power is 2^n exp(-r), where n is added to the exponent of exp(-r)/2.
-// The halving lets n reach past the largest exponent, so that doubling the result overflows to
-// infinity where exp does.
+// -p = n ln 2 - r: n in the low bits of `shifted`, and r.
 template <bool kFused, typename T>
-FASTLDM_INLINE T half_exp_of_negative(T p, const ExpLimits<T>& limits) {
+FASTLDM_INLINE void reduce(T p, const ExpLimits<T>& limits, T& shifted, T& r) {
   using Traits = ExpTraits<T>;
-  using Bits = typename Traits::Bits;
   const T above = p < limits.smallest ? limits.smallest : p;
   const T q = above > limits.largest ? limits.largest : above;
-  const T shifted = multiply_add<kFused>(q, -Traits::kLog2E, Traits::kRound);
+  shifted = multiply_add<kFused>(q, -Traits::kLog2E, Traits::kRound);
   const T n = shifted - Traits::kRound;
-  T r;
   if constexpr (kFused) {
     r = multiply_add<true>(n, Traits::kLn2, q);
   } else {
     r = n * Traits::kLn2Low + (n * Traits::kLn2High + q);
   }
+}
+
+// 2^n exp(-r)/2, where n is added to the exponent of exp(-r)/2. The halving lets n reach past the
+// largest exponent, so that doubling the result overflows to infinity where exp does.
+template <bool kFused, typename T>
+FASTLDM_INLINE T half_exp(T shifted, T r) {
+  using Traits = ExpTraits<T>;
+  using Bits = typename Traits::Bits;
   const T half = polynomial<kFused>(Traits::kPolynomial, r);
   return std::bit_cast<T>(std::bit_cast<Bits>(half) +
                           (std::bit_cast<Bits>(shifted) << Traits::kMantissa));
 }
 
-template <bool kFused, typename T>
-FASTLDM_INLINE T one_plus_exp_of_negative(T p, const ExpLimits<T>& limits) {
-  return multiply_add<kFused>(half_exp_of_negative<kFused>(p, limits), T(2), T(1));
+// exp(-p)/2 of so many numbers, to about an ulp; nearly 0 for large p.
+//
+// Such a formula is computed for a block of numbers, stage by stage: the operations of one number
+// wait for each other, and a processor does not look far enough ahead to find work beside them. A
+// stage is a loop over the block, which a compiler turns into a few vector operations.
+template <bool kFused, int kCount, typename T>
+FASTLDM_INLINE void half_exp_of_negative(const T* p, const ExpLimits<T>& limits, T* half) {
+  T shifted[kCount], r[kCount];
+  for (int i = 0; i < kCount; ++i) reduce<kFused>(p[i], limits, shifted[i], r[i]);
+  for (int i = 0; i < kCount; ++i) half[i] = half_exp<kFused>(shifted[i], r[i]);
 }
 
-template <bool kFused, typename T>
-FASTLDM_INLINE T silu(T p, const ExpLimits<T>& limits) {
-  return p / one_plus_exp_of_negative<kFused>(p, limits);
-}
-
-// d silu(p)/dp = s (1 + p (1 - s)) with s = sigmoid(p)
-template <bool kFused, typename T>
-FASTLDM_INLINE T silu_derivative(T p, const ExpLimits<T>& limits) {
-  const T s = T(1) / one_plus_exp_of_negative<kFused>(p, limits);
-  return s * multiply_add<kFused>(p, T(1) - s, T(1));
-}
+// Numbers in a block: four registers, so that several arrays of them find room.
+template <typename Processor, typename T>
+constexpr int kBlock = 4 * Processor::kRegisterBytes / static_cast<int>(sizeof(T));
 
 }  // namespace fastldm

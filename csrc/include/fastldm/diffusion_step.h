@@ -151,7 +151,10 @@ FASTLDM_INLINE void deviations(Variance type, const Scalars<T>& of, const T* __r
     for (int i = 0; i < count; ++i) {
       const T fraction = (variance[i] + T(1)) / T(2);
       const T logarithm = fraction * of.log_max + (T(1) - fraction) * of.log_min;
-      sigma[i] = of.sigma * (T(2) * half_exp_of_negative<kFused>(T(-0.5) * logarithm, limits));
+      const T negative = T(-0.5) * logarithm;
+      T half;
+      half_exp_of_negative<kFused, 1>(&negative, limits, &half);
+      sigma[i] = of.sigma * (T(2) * half);
     }
   }
 }
@@ -166,7 +169,7 @@ struct Noise {
 
   FASTLDM_INLINE int64_t blocks() const { return (size + kBlock - 1) / kBlock; }
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks(), start = task % blocks() * kBlock;
@@ -187,7 +190,7 @@ template <typename T>
 struct Update {
   Step<T> step;
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) T of_sample[kBlock], of_output[kBlock], of_uncond[kBlock], guided[kBlock];
     alignas(64) T of_original[kBlock], of_previous[kBlock], of_noise[kBlock];
@@ -216,7 +219,7 @@ struct Update {
       } else {
         update<false, Limit::kThreshold>(step, of, in);
       }
-      add_noise<kFused>(of, b, start, in, of_noise, of_variance, sigma);
+      add_noise<Processor::kFused>(of, b, start, in, of_noise, of_variance, sigma);
       flush(in.previous, step.previous, first, count);
       if (step.original.data) flush(in.original, step.original, first, count);
     }
@@ -262,7 +265,7 @@ struct DeviationRatio {
   Step<T> step;
   Scalars<T>* scalars;
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) T of_output[kBlock], of_uncond[kBlock], guided[kBlock];
     for (int64_t b = begin; b < end; ++b) {

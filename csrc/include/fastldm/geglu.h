@@ -42,7 +42,8 @@ FASTLDM_INLINE Normal normal(float u, const ExpLimits<float>& limits) {
   constexpr float kCentre = 3.25f;
   const float a = u < 0 ? -u : u;
   const float square = 0.5f * u * u;
-  const float power = half_exp_of_negative<kFused>(square, limits);
+  float power;
+  half_exp_of_negative<kFused, 1>(&square, limits, &power);
   // Exactly 0 in the end, as -inf has to give NaN and the largest float 0.
   const float half = square > limits.largest ? 0.0f : power;
   const float inverse = 1.0f / (a + kCentre);
@@ -79,7 +80,7 @@ struct Forward {
   Target y;  // [rows, width]
   int64_t width = 0;
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) float of_value[kPart], of_gate[kPart], rounded[kPart];
     const ExpLimits<float> limits;
@@ -90,7 +91,7 @@ struct Forward {
       const float* value = hidden_states.at(row, first, count, of_value);
       const float* gate = hidden_states.at(row, width + first, count, of_gate);
       const int64_t to = row * width + first;
-      forward<kFused>(value, gate, count, limits, room(y, to, rounded));
+      forward<Processor::kFused>(value, gate, count, limits, room(y, to, rounded));
       flush(rounded, y, to, count);
     }
   }
@@ -101,7 +102,7 @@ struct Backward {
   Target gradient;  // [rows, 2 width]
   int64_t width = 0;
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) float of_value[kPart], of_gate[kPart], of_grad[kPart];
     alignas(64) float value_rounded[kPart], gate_rounded[kPart];
@@ -114,8 +115,9 @@ struct Backward {
       const float* gate = hidden_states.at(row, width + first, count, of_gate);
       const float* grad = grad_y.at(row, first, count, of_grad);
       const int64_t to = 2 * row * width + first;
-      backward<kFused>(grad, value, gate, count, limits, room(gradient, to, value_rounded),
-                       room(gradient, to + width, gate_rounded));
+      backward<Processor::kFused>(grad, value, gate, count, limits,
+                                  room(gradient, to, value_rounded),
+                                  room(gradient, to + width, gate_rounded));
       flush(value_rounded, gradient, to, count);
       flush(gate_rounded, gradient, to + width, count);
     }

@@ -19,13 +19,16 @@
 #include <vector>
 
 #include "fastldm/arithmetic.h"
+#include "fastldm/prefetch.h"
+#include "fastldm/silu.h"
 #include "fastldm/storage.h"
 #include "fastldm/sums.h"
+#include "fastldm/versioned_task.h"
 
 namespace fastldm::norm {
 
 // Elements of a run in the contiguous layout: it stays in the nearest cache while it is read twice.
-constexpr int64_t kRun = 2048;
+constexpr int64_t kRun = 4096;
 
 // T is the type of the computation. Tensors are dense: [B, C, pixels] or, with channels innermost,
 // [B, pixels, C]. Null is an option that is not given.
@@ -100,18 +103,38 @@ class Loader {
   std::vector<T> nothing_, x_, residual_;
 };
 
-template <bool kFused, typename T, typename Values>
+// p of kCount elements.
+template <bool kFused, int kCount, typename T, typename Values>
+FASTLDM_INLINE void normalise(const T* __restrict__ h, Values centre, Values factor, Values offset,
+                              int64_t first, T* __restrict__ p) {
+  for (int i = 0; i < kCount; ++i) {
+    p[i] = multiply_add<kFused>(h[first + i] - centre[first + i], factor[first + i],
+                                offset[first + i]);
+  }
+}
+
+// y of `count` elements. Meanwhile those of `ahead` come into the cache.
+template <typename Processor, typename T, typename Values>
 FASTLDM_INLINE void normalise(const T* __restrict__ h, Values centre, Values factor, Values offset,
                               bool with_silu, const ExpLimits<T>& limits, int64_t count,
-                              T* __restrict__ y) {
+                              T* __restrict__ y, const Ahead& ahead = {}) {
+  constexpr bool kFused = Processor::kFused;
+  constexpr int kCount = kBlock<Processor, T>;
+  int64_t i = 0;
   if (with_silu) {
-    for (int64_t i = 0; i < count; ++i) {
-      y[i] = silu<kFused>(multiply_add<kFused>(h[i] - centre[i], factor[i], offset[i]), limits);
+    for (; i + kCount <= count; i += kCount) {
+      ahead.request(i, kCount);
+      T p[kCount];
+      normalise<kFused, kCount>(h, centre, factor, offset, i, p);
+      silu<kFused, kCount>(p, limits, y + i);
+    }
+    for (; i < count; ++i) {
+      T p;
+      normalise<kFused, 1>(h, centre, factor, offset, i, &p);
+      silu<kFused, 1>(&p, limits, y + i);
     }
   } else {
-    for (int64_t i = 0; i < count; ++i) {
-      y[i] = multiply_add<kFused>(h[i] - centre[i], factor[i], offset[i]);
-    }
+    for (; i < count; ++i) normalise<kFused, 1>(h, centre, factor, offset, i, y + i);
   }
 }
 
@@ -158,6 +181,28 @@ struct Affine {
   }
 };
 
+// Task: a channel of a contiguous run.
+template <typename T>
+struct ChannelNormalisation {
+  const T* h;
+  T* y;
+  int64_t pixels;
+  T centre;
+  const T *factor, *offset;  // [channels]
+  bool silu;
+  Ahead ahead;
+
+  template <typename Processor>
+  FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
+    const ExpLimits<T> limits;
+    for (int64_t c = begin; c < end; ++c) {
+      const int64_t i = c * pixels;
+      normalise<Processor>(h + i, Same<T>{centre}, Same<T>{factor[c]}, Same<T>{offset[c]}, silu, limits,
+                           pixels, y + i, Ahead{ahead.data + i * ahead.bytes_each, ahead.bytes_each});
+    }
+  }
+};
+
 // Contiguous: a task is a group, read twice and written once.
 template <typename T>
 struct ContiguousForward {
@@ -165,12 +210,12 @@ struct ContiguousForward {
   Target y;
   T *mean, *rstd;  // [B, groups], or null
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) T buffer[kRun], rounded[kRun];
-    const ExpLimits<T> limits;
     Loader<T> loader(from, kRun);
     const int64_t depth = from.group_channels(), size = depth * from.pixels;
+    std::vector<T> factor(depth), offset(depth);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / from.groups, channel = task % from.groups * depth;
       const int64_t base = (b * from.channels + channel) * from.pixels;
@@ -181,22 +226,28 @@ struct ContiguousForward {
           count = length_of_run(first, size, from.pixels);
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
           if (!is_last) {
+            const int64_t sample = (count + 3) / 4;
             const T centre =
-                first == 0 ? sum(h, count) / static_cast<T>(count) : static_cast<T>(all.mean);
+                first == 0 ? sum(h, sample) / static_cast<T>(sample) : static_cast<T>(all.mean);
             all.add(moments_about(centre, h, count));
             continue;
           }
           T* to = room(y, base + first, rounded);
           const int64_t piece = std::min(count, from.pixels);
-          int64_t c = channel + first / from.pixels;
-          for (int64_t i = 0; i < count; i += piece, ++c) {
-            const Affine<T> with(all.mean, inverse, from.gain(b, c), from.offset(b, c));
-            normalise<kFused>(h + i, Same<T>{with.centre}, Same<T>{with.factor},
-                              Same<T>{with.offset}, from.silu, limits, piece, to + i);
-          }
+          const int64_t c = first / from.pixels;
+          run_for(Processor::kSet,
+                  ChannelNormalisation<T>{h, to, piece, static_cast<T>(all.mean), factor.data() + c,
+                                          offset.data() + c, from.silu,
+                                          task + 1 < end ? Ahead(from.x, base + size + first) : Ahead()},
+                  0, count / piece);
           flush(to, y, base + first, count);
         }
         inverse = 1 / std::sqrt(all.squares / all.count + from.eps);
+        for (int64_t c = 0; c < depth; ++c) {
+          const Affine<T> with(all.mean, inverse, from.gain(b, channel + c), from.offset(b, channel + c));
+          factor[c] = with.factor;
+          offset[c] = with.offset;
+        }
       }
       if (mean) {
         mean[task] = static_cast<T>(all.mean);
@@ -250,12 +301,13 @@ struct ChannelsLastMoments {
   Blocks blocks;
   Moments* moments;  // [B, blocks, groups]
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t channels = from.channels, depth = from.group_channels();
     Loader<T> loader(from, rows_of_run(channels) * channels);
     std::vector<T> buffer(from.is_plain() ? 0 : blocks.pixels_each * channels);
     std::vector<T> centre(channels), sums(channels), squares(channels);
+    std::vector<double> means(channels), spreads(channels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / blocks.per_sample, block = task % blocks.per_sample;
       const int64_t count = blocks.count(block, from.pixels);
@@ -269,34 +321,26 @@ struct ChannelsLastMoments {
         sums[c] = 0;
       }
       add_column_deviations(h, count, channels, centre.data(), sums.data(), squares.data());
-      // The distance of each mean from its centre, and the squares about the mean.
       for (int64_t c = 0; c < channels; ++c) {
         const T shift = sums[c] / static_cast<T>(count), spread = squares[c] - sums[c] * shift;
-        sums[c] = shift;
-        squares[c] = spread < T(0) ? T(0) : spread;
+        means[c] = static_cast<double>(centre[c]) + shift;
+        spreads[c] = spread < T(0) ? T(0) : spread;
       }
       for (int64_t g = 0; g < from.groups; ++g) {
         moments[task * from.groups + g] =
-            of_group(centre.data() + g * depth, sums.data() + g * depth, squares.data() + g * depth,
-                     depth, static_cast<double>(count));
+            of_group(means.data() + g * depth, spreads.data() + g * depth, depth,
+                     static_cast<double>(count));
       }
     }
   }
 
-  // Sets of equal size: their mean is the mean of the means.
-  static FASTLDM_INLINE Moments of_group(const T* centre, const T* shift, const T* spread,
-                                         int64_t depth, double count) {
-    double mean = 0, within = 0, between = 0;
-    for (int64_t c = 0; c < depth; ++c) {
-      mean += static_cast<double>(centre[c]) + shift[c];
-      within += spread[c];
-    }
-    mean /= static_cast<double>(depth);
-    for (int64_t c = 0; c < depth; ++c) {
-      const double distance = (centre[c] - mean) + shift[c];
-      between += distance * distance;
-    }
-    return {count * static_cast<double>(depth), mean, within + count * between};
+  // Of channels of `count` elements each.
+  static FASTLDM_INLINE Moments of_group(const double* means, const double* spreads, int64_t depth,
+                                         double count) {
+    const double mean = sum(means, depth) / static_cast<double>(depth);
+    double distance = 0, between = 0;
+    sum_deviations(means, depth, mean, distance, between);
+    return {count * static_cast<double>(depth), mean, sum(spreads, depth) + count * between};
   }
 };
 
@@ -310,7 +354,7 @@ struct ChannelsLastForward {
   Target y;
   T *mean, *rstd;  // written by the task of a sample's first block, or null
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t channels = from.channels, rows = rows_of_run(channels);
     Loader<T> loader(from, rows * channels);
@@ -331,8 +375,8 @@ struct ChannelsLastForward {
         const T* h = load_rows(from, loader, b, first, count, buffer.data());
         T* to = room(y, base, rounded.data());
         for (int64_t at = 0; at < count * channels; at += channels) {
-          normalise<kFused, T, const T*>(h + at, centre.data(), factor.data(), offset.data(),
-                                         from.silu, limits, channels, to + at);
+          normalise<Processor, T, const T*>(h + at, centre.data(), factor.data(), offset.data(),
+                                            from.silu, limits, channels, to + at);
         }
         flush(to, y, base, count * channels);
       }

@@ -47,17 +47,28 @@ struct GroupSums {
 };
 
 // g of `count` elements; factor is rstd gain.
-template <bool kFused, typename T, typename Values>
+template <typename Processor, typename T, typename Values>
 FASTLDM_INLINE void upstream(const T* __restrict__ h, const T* __restrict__ grad_y, Values mean,
                              Values factor, Values offset, bool with_silu,
                              const ExpLimits<T>& limits, int64_t count, T* __restrict__ g) {
-  if (with_silu) {
-    for (int64_t i = 0; i < count; ++i) {
-      const T p = multiply_add<kFused>(h[i] - mean[i], factor[i], offset[i]);
-      g[i] = grad_y[i] * silu_derivative<kFused>(p, limits);
-    }
-  } else {
-    for (int64_t i = 0; i < count; ++i) g[i] = grad_y[i];
+  constexpr bool kFused = Processor::kFused;
+  constexpr int kCount = kBlock<Processor, T>;
+  int64_t i = 0;
+  if (!with_silu) {
+    for (; i < count; ++i) g[i] = grad_y[i];
+    return;
+  }
+  for (; i + kCount <= count; i += kCount) {
+    T p[kCount], derivative[kCount];
+    normalise<kFused, kCount>(h, mean, factor, offset, i, p);
+    silu_derivative<kFused, kCount>(p, limits, derivative);
+    for (int j = 0; j < kCount; ++j) g[i + j] = grad_y[i + j] * derivative[j];
+  }
+  for (; i < count; ++i) {
+    T p, derivative;
+    normalise<kFused, 1>(h, mean, factor, offset, i, &p);
+    silu_derivative<kFused, 1>(&p, limits, &derivative);
+    g[i] = grad_y[i] * derivative;
   }
 }
 
@@ -77,6 +88,62 @@ FASTLDM_INLINE bool keeps(const Target& grad_x) {
   return grad_x.data && is_stored_as<T>(grad_x.type);
 }
 
+// A contiguous run of whole channels, or of a part of one, of one group.
+template <typename T>
+struct ChannelRun {
+  const T* h;
+  T* g;
+  int64_t pixels;
+  T mean;
+  const T* factor;  // [channels]
+};
+
+// Task: a channel of the run, whose g is computed, and added up where there are sums.
+template <typename T>
+struct ChannelUpstream : ChannelRun<T> {
+  const T* grad_y;
+  const T* offset;  // [channels]
+  bool silu;
+  ChannelSums* sums;  // [channels], or null; of (h - mean) in place of n
+  bool with_sum_of_n;
+
+  template <typename Processor>
+  FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
+    const ExpLimits<T> limits;
+    const T mean = this->mean;
+    for (int64_t c = begin; c < end; ++c) {
+      const T* h = this->h + c * this->pixels;
+      T* g = this->g + c * this->pixels;
+      upstream<Processor>(h, grad_y + c * this->pixels, Same<T>{mean}, Same<T>{this->factor[c]},
+                          Same<T>{offset[c]}, silu, limits, this->pixels, g);
+      if (!sums) continue;
+      T of_g = 0, of_products = 0;
+      sum_weighted(g, h, this->pixels, mean, of_g, of_products);
+      sums[c].g += of_g;
+      sums[c].gn += of_products;
+      if (!with_sum_of_n) continue;
+      T of_distances = 0, of_squares = 0;
+      sum_deviations(h, this->pixels, mean, of_distances, of_squares);
+      sums[c].n += of_distances;
+    }
+  }
+};
+
+// Task: a channel of the run, whose dh takes the place of g.
+template <typename T>
+struct ChannelDownstream : ChannelRun<T> {
+  T slope, level;
+
+  template <typename Processor>
+  FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
+    for (int64_t c = begin; c < end; ++c) {
+      downstream<Processor::kFused>(this->h + c * this->pixels, Same<T>{this->mean},
+                                    Same<T>{this->factor[c]}, Same<T>{slope}, Same<T>{level},
+                                    this->pixels, this->g + c * this->pixels);
+    }
+  }
+};
+
 // Contiguous: a task is a group.
 template <typename T>
 struct ContiguousBackward {
@@ -85,64 +152,50 @@ struct ContiguousBackward {
   Target grad_x;      // null where it is not wanted
   bool with_sum_of_n;
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     alignas(64) T buffer[kRun], of_grad[kRun], of_g[kRun];
-    const ExpLimits<T> limits;
     Loader<T> loader(from, kRun);
     const int64_t depth = from.group_channels(), size = depth * from.pixels;
+    std::vector<T> factor(depth), offset(depth);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / from.groups, channel = task % from.groups * depth;
       const int64_t base = (b * from.channels + channel) * from.pixels;
       const T mean = from.mean[task], rstd = from.rstd[task];
+      ChannelSums* of_group = sums + b * from.channels + channel;
+      for (int64_t c = 0; c < depth; ++c) {
+        factor[c] = rstd * from.gain(b, channel + c);
+        offset[c] = from.offset(b, channel + c);
+      }
       T level = 0, slope = 0;
       for (const bool is_last : {false, true}) {
         if (is_last) {
-          normalise_sums(rstd, depth, sums + b * from.channels + channel);
+          normalise_sums(rstd, depth, of_group);
           if (!grad_x.data) break;
-          const GroupSums of_group(from, b, task % from.groups, sums + b * from.channels);
-          level = static_cast<T>(rstd * of_group.g);
-          slope = static_cast<T>(rstd * of_group.gn) * rstd;
+          const GroupSums mean_of(from, b, task % from.groups, sums + b * from.channels);
+          level = static_cast<T>(rstd * mean_of.g);
+          slope = static_cast<T>(rstd * mean_of.gn) * rstd;
         }
-        const bool is_kept = is_last && keeps<T>(grad_x);
         for (int64_t first = 0, count; first < size; first += count) {
           count = length_of_run(first, size, from.pixels);
+          const int64_t piece = std::min(count, from.pixels), c = first / from.pixels;
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
-          const T* grad =
-              is_kept ? nullptr : read_upward(from.grad_y, base + first, count, of_grad);
           T* g = grad_x.data ? room(grad_x, base + first, of_g) : of_g;
-          const int64_t piece = std::min(count, from.pixels);
-          int64_t c = channel + first / from.pixels;
-          for (int64_t i = 0; i < count; i += piece, ++c) {
-            const T factor = rstd * from.gain(b, c);
-            if (!is_kept) {
-              upstream<kFused>(h + i, grad + i, Same<T>{mean}, Same<T>{factor},
-                               Same<T>{from.offset(b, c)}, from.silu, limits, piece, g + i);
-            }
-            if (is_last) {
-              downstream<kFused>(h + i, Same<T>{mean}, Same<T>{factor}, Same<T>{slope},
-                                 Same<T>{level}, piece, g + i);
-            } else {
-              add_sums(h + i, g + i, mean, piece, sums[b * from.channels + c]);
-            }
+          const ChannelRun<T> run{h, g, piece, mean, factor.data() + c};
+          if (!is_last || !keeps<T>(grad_x)) {
+            const T* grad = read_upward(from.grad_y, base + first, count, of_grad);
+            run_for(Processor::kSet,
+                    ChannelUpstream<T>{run, grad, offset.data() + c, from.silu,
+                                       is_last ? nullptr : of_group + c, with_sum_of_n},
+                    0, count / piece);
           }
-          if (is_last) flush(g, grad_x, base + first, count);
+          if (is_last) {
+            run_for(Processor::kSet, ChannelDownstream<T>{run, slope, level}, 0, count / piece);
+            flush(g, grad_x, base + first, count);
+          }
         }
       }
     }
-  }
-
-  // Of (h - mean) in place of n.
-  FASTLDM_INLINE void add_sums(const T* h, const T* g, T mean, int64_t count,
-                               ChannelSums& to) const {
-    T of_g = 0, of_products = 0;
-    sum_weighted(g, h, count, mean, of_g, of_products);
-    to.g += of_g;
-    to.gn += of_products;
-    if (!with_sum_of_n) return;
-    T of_distances = 0, of_squares = 0;
-    sum_deviations(h, count, mean, of_distances, of_squares);
-    to.n += of_distances;
   }
 
   static FASTLDM_INLINE void normalise_sums(T rstd, int64_t depth, ChannelSums* of_group) {
@@ -193,7 +246,7 @@ class RowWalk {
   }
 
   // Computes g, or finds it in its place where it is kept from an earlier pass.
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void make(int64_t b, int64_t first, int64_t count, bool is_kept) {
     const int64_t channels = from_.channels;
     base = (b * from_.pixels + first) * channels;
@@ -202,9 +255,9 @@ class RowWalk {
     if (is_kept) return;
     const T* grad = read_upward(from_.grad_y, base, count * channels, grad_.data());
     for (int64_t at = 0; at < count * channels; at += channels) {
-      upstream<kFused, T, const T*>(h + at, grad + at, of_channel.mean.data(),
-                                    of_channel.factor.data(), of_channel.offset.data(), from_.silu,
-                                    limits_, channels, g + at);
+      upstream<Processor, T, const T*>(h + at, grad + at, of_channel.mean.data(),
+                                       of_channel.factor.data(), of_channel.offset.data(),
+                                       from_.silu, limits_, channels, g + at);
     }
   }
 
@@ -232,7 +285,7 @@ struct ChannelsLastSums {
   T* sums;        // [B, blocks, 3, C], zero
   bool with_sum_of_n;
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t channels = from.channels;
     RowWalk<T> walk(from, grad_x);
@@ -244,7 +297,7 @@ struct ChannelsLastSums {
       const T* mean = walk.of_channel.mean.data();
       for (int64_t first = blocks.first(block), count; first < last; first += count) {
         count = std::min(walk.rows, last - first);
-        walk.template make<kFused>(b, first, count, false);
+        walk.template make<Processor>(b, first, count, false);
         add_weighted_columns(walk.g, walk.h, count, channels, mean, to, to + channels);
         if (with_sum_of_n) add_distances(walk.h, count, mean, to + 2 * channels);
       }
@@ -287,7 +340,7 @@ struct ChannelsLastBackward {
   const ChannelSums* sums;  // [B, C]
   Target grad_x;
 
-  template <bool kFused>
+  template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const int64_t channels = from.channels;
     RowWalk<T> walk(from, grad_x);
@@ -298,9 +351,9 @@ struct ChannelsLastBackward {
       if (walk.enter(b)) fill(b, slope.data(), level.data());
       for (int64_t first = blocks.first(block), count; first < last; first += count) {
         count = std::min(walk.rows, last - first);
-        walk.template make<kFused>(b, first, count, keeps<T>(grad_x));
+        walk.template make<Processor>(b, first, count, keeps<T>(grad_x));
         for (int64_t at = 0; at < count * channels; at += channels) {
-          downstream<kFused, T, const T*>(walk.h + at, walk.of_channel.mean.data(),
+          downstream<Processor::kFused, T, const T*>(walk.h + at, walk.of_channel.mean.data(),
                                           walk.of_channel.factor.data(), slope.data(), level.data(),
                                           channels, walk.g + at);
         }

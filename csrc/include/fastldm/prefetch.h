@@ -32,4 +32,22 @@ FASTLDM_INLINE void prefetch(const void* data, Storage type, int64_t first, int6
   }
 }
 
+// Elements that will be wanted, in step with the computation of others; by default none.
+struct Ahead {
+  const char* data = nullptr;
+  int64_t bytes_each = 0;
+
+  FASTLDM_INLINE Ahead() = default;
+  FASTLDM_INLINE Ahead(const char* data, int64_t bytes_each) : data(data), bytes_each(bytes_each) {}
+  FASTLDM_INLINE Ahead(const Source& source, int64_t first)
+      : data(static_cast<const char*>(source.data) + first * bytes_of(source.type)),
+        bytes_each(bytes_of(source.type)) {}
+
+  FASTLDM_INLINE void request(int64_t first, int64_t count) const {
+    for (int64_t at = first * bytes_each; at < (first + count) * bytes_each; at += 64) {
+      __builtin_prefetch(data + at, 0, 2);
+    }
+  }
+};
+
 }  // namespace fastldm

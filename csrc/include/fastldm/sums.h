@@ -1,4 +1,4 @@
-// Sums in one order on every instruction set, which is that of the lanes of 32-byte vectors.
+// Sums in one order on every instruction set, which is that of the lanes of 64-byte vectors.
 #pragma once
 
 #include <cstdint>
@@ -9,19 +9,33 @@ namespace fastldm {
 
 template <typename T>
 struct Lanes {
-  static constexpr int kCount = 32 / sizeof(T);
-  typedef T Vector __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+  static constexpr int kCount = 64 / sizeof(T);
+  typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
 
   static FASTLDM_INLINE Vector load(const T* values) {
     return *reinterpret_cast<const Vector*>(values);
   }
 
+  // The halves added, and the halves of the sum, down to one number.
   static FASTLDM_INLINE T sum(Vector v) {
-    if constexpr (kCount == 8) {
-      return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+    const Quarter quarter = folded<Quarter>(folded<Half>(v));
+    if constexpr (kCount == 16) {
+      return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
     } else {
-      return (v[0] + v[2]) + (v[1] + v[3]);
+      return quarter[0] + quarter[1];
     }
+  }
+
+ private:
+  typedef T Half __attribute__((vector_size(32)));
+  typedef T Quarter __attribute__((vector_size(16)));
+
+  template <typename Folded, typename Whole>
+  static FASTLDM_INLINE Folded folded(Whole v) {
+    Folded low, high;
+    __builtin_memcpy(&low, &v, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + sizeof low, sizeof high);
+    return low + high;
   }
 };
 

@@ -1,7 +1,8 @@
 // Work that is compiled for several instruction sets, of which one is picked at run time.
 //
-// The code is told whether the processor fuses a product and a sum: with contraction off, as this
-// library is compiled, a fused operation is one that the source asks for.
+// The code is told what its processor has: registers of so many bytes, and whether it fuses a
+// product and a sum. With contraction off, as this library is compiled, a fused operation is one
+// that the source asks for.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,6 @@
 #include "fastldm/inline.h"
 
 namespace fastldm {
-
-enum class InstructionSet { kDefault, kAvx2, kAvx512 };
 
 #if defined(__x86_64__)
 #define FASTLDM_TARGET(features) __attribute__((target(features)))
@@ -24,24 +23,33 @@ constexpr bool kDefaultIsFused = true;
 constexpr bool kDefaultIsFused = false;
 #endif
 
+enum class InstructionSet { kDefault, kAvx2, kAvx512 };
+
+template <InstructionSet set, int register_bytes, bool is_fused>
+struct Processor {
+  static constexpr InstructionSet kSet = set;
+  static constexpr int kRegisterBytes = register_bytes;
+  static constexpr bool kFused = is_fused;
+};
+
 template <typename Task>
-void run_default(const Task& task, int64_t begin, int64_t end) {
-  task.template run<kDefaultIsFused>(begin, end);
+__attribute__((noinline)) void run_default(const Task& task, int64_t begin, int64_t end) {
+  task.template run<Processor<InstructionSet::kDefault, 16, kDefaultIsFused>>(begin, end);
 }
 
 template <typename Task>
-FASTLDM_TARGET("avx2,fma")
+__attribute__((noinline)) FASTLDM_TARGET("avx2,fma")
 void run_avx2(const Task& task, int64_t begin, int64_t end) {
-  task.template run<true>(begin, end);
+  task.template run<Processor<InstructionSet::kAvx2, 32, true>>(begin, end);
 }
 
 template <typename Task>
-FASTLDM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+__attribute__((noinline)) FASTLDM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 void run_avx512(const Task& task, int64_t begin, int64_t end) {
-  task.template run<true>(begin, end);
+  task.template run<Processor<InstructionSet::kAvx512, 64, true>>(begin, end);
 }
 
-// Calls task.run<fused>(begin, end), which must be FASTLDM_INLINE as all that it calls in turn, so
+// Calls task.run<Processor>(begin, end), which must be FASTLDM_INLINE as all that it calls in turn, so
 // that it becomes part of the version for the instruction set.
 template <typename Task>
 void run_for(InstructionSet set, const Task& task, int64_t begin, int64_t end) {
