@@ -9,6 +9,7 @@
 #include "cross_attention/cpu.h"
 #include "diffusion_step/cpu.h"
 #include "geglu/cpu.h"
+#include "group_norm_silu/autograd.h"
 #include "group_norm_silu/cpu.h"
 #include "vector_quantize/cpu.h"
 #include "vector_quantize/nearest_codes.h"
@@ -54,7 +55,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   define(module, "diffusion_step_fwd", &fastldm::diffusion_step_fwd);
   define(module, "geglu_fwd", &fastldm::geglu_fwd);
   define(module, "geglu_bwd", &fastldm::geglu_bwd);
-  define(module, "group_norm_silu", &fastldm::group_norm_silu);
+  module.def("group_norm_silu", &fastldm::eager_group_norm_silu);
   define(module, "group_norm_silu_fwd", &fastldm::group_norm_silu_fwd);
   define(module, "group_norm_silu_bwd", &fastldm::group_norm_silu_bwd);
   define(module, "vector_quantize_fwd", &fastldm::vector_quantize_fwd);

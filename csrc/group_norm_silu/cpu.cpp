@@ -145,11 +145,13 @@ void backward(const Call& call, const Tensor& grad_y, const Tensor& mean, const 
   from.grad_y = source(grad_y);
   from.mean = data<const T>(mean);
   from.rstd = data<const T>(rstd);
-  std::vector<norm::ChannelSums> sums(from.batch * from.channels);
+  const int64_t rows = from.batch * from.channels;
+  std::vector<double> memory(3 * rows);
+  const norm::ChannelSums sums{memory.data(), memory.data() + rows, memory.data() + 2 * rows};
   const bool with_sum_of_n = of_parameters[2].defined();
   if (!call.channels_last) {
     run_tasks(call.tasks(), from.group_channels() * from.pixels,
-              norm::ContiguousBackward<T>{from, sums.data(), target(grad_x), with_sum_of_n});
+              norm::ContiguousBackward<T>{from, sums, target(grad_x), with_sum_of_n});
   } else {
     const norm::Blocks blocks(from.channels, from.pixels);
     const int64_t tasks = from.batch * blocks.per_sample;
@@ -159,22 +161,17 @@ void backward(const Call& call, const Tensor& grad_y, const Tensor& mean, const 
               norm::ChannelsLastSums<T>{from, blocks, target(grad_x), parts.data(), with_sum_of_n});
     for_each_range(from.batch, blocks.per_sample * from.channels, [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        norm::merge_blocks(from, parts.data(), blocks.per_sample, b,
-                           sums.data() + b * from.channels);
+        norm::merge_blocks(from, parts.data(), blocks.per_sample, b, sums.from(b * from.channels));
       }
     });
     if (grad_x.defined()) {
-      run_tasks(tasks, elements,
-                norm::ChannelsLastBackward<T>{from, blocks, sums.data(), target(grad_x)});
+      run_tasks(tasks, elements, norm::ChannelsLastBackward<T>{from, blocks, sums, target(grad_x)});
     }
   }
-  const norm::ParameterGradients<T> parameters{data<T>(of_parameters[0]), data<T>(of_parameters[1]),
-                                               data<T>(of_parameters[2]), data<T>(of_parameters[3]),
-                                               data<T>(of_parameters[4])};
-  const int64_t terms = from.batch * (with_sum_of_n ? from.group_channels() : 1);
-  for_each_range(from.channels, terms, [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) parameters.fill(from, sums.data(), c);
-  });
+  run_tasks(from.groups, rows / from.groups,
+            norm::ParameterGradients<T>{from, sums, data<T>(of_parameters[0]),
+                                        data<T>(of_parameters[1]), data<T>(of_parameters[2]),
+                                        data<T>(of_parameters[3]), data<T>(of_parameters[4])});
 }
 
 // The statistics are kept where they are given a place.

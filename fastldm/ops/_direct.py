@@ -42,6 +42,8 @@ def may_call_kernel(*operands: Tensor | None, backend: str) -> bool:
             continue
         if type(value) not in _PLAIN or value.is_meta or (records and value.requires_grad):
             return False
+        if value.is_neg():  # its memory holds what is to be negated when it is read
+            return False
     return True
 
 

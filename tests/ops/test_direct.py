@@ -76,6 +76,7 @@ def test_modes_and_subclasses_listen() -> None:
     x = torch.ones(2)
     assert not may_call_kernel(x.to("meta"))
     assert not may_call_kernel(x, x.as_subclass(_Subclass))
+    assert not may_call_kernel(torch._neg_view(x))
     with FakeTensorMode():
         assert not may_call_kernel(torch.ones(2))
     with FlopCounterMode(display=False):

@@ -9,8 +9,9 @@
 // Deviations are summed about a centre that is known before the elements are read once, and merged
 // in a fixed order. In the contiguous layout it is the mean m of what came before: a run of n
 // elements whose mean is s away loses at most about n s^2 ulp to cancellation, and no less than
-// n s^2/2 is added to the squares for that distance. With channels innermost it is a channel's mean
-// over the first quarter of a block, which is at most twice the block's deviation from its mean.
+// n s^2/2 is added to the squares for that distance. For the first run, and with channels innermost
+// for a channel of a block, it is the mean of the first quarter, which is at most twice the
+// deviation away from the mean of all.
 #pragma once
 
 #include <algorithm>
@@ -103,39 +104,32 @@ class Loader {
   std::vector<T> nothing_, x_, residual_;
 };
 
-// p of kCount elements.
-template <bool kFused, int kCount, typename T, typename Values>
+// p of `count` elements from `first` on.
+template <bool kFused, typename T, typename Values>
 FASTLDM_INLINE void normalise(const T* __restrict__ h, Values centre, Values factor, Values offset,
-                              int64_t first, T* __restrict__ p) {
-  for (int i = 0; i < kCount; ++i) {
-    p[i] = multiply_add<kFused>(h[first + i] - centre[first + i], factor[first + i],
-                                offset[first + i]);
+                              int64_t first, int64_t count, T* __restrict__ p) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = first + i;
+    p[i] = multiply_add<kFused>(h[at] - centre[at], factor[at], offset[at]);
   }
 }
 
 // y of `count` elements. Meanwhile those of `ahead` come into the cache.
 template <typename Processor, typename T, typename Values>
-FASTLDM_INLINE void normalise(const T* __restrict__ h, Values centre, Values factor, Values offset,
-                              bool with_silu, const ExpLimits<T>& limits, int64_t count,
-                              T* __restrict__ y, const Ahead& ahead = {}) {
+FASTLDM_INLINE void activate(const T* __restrict__ h, Values centre, Values factor, Values offset,
+                             const ExpLimits<T>& limits, int64_t count, T* __restrict__ y,
+                             const Ahead& ahead = {}) {
   constexpr bool kFused = Processor::kFused;
   constexpr int kCount = kBlock<Processor, T>;
-  int64_t i = 0;
-  if (with_silu) {
-    for (; i + kCount <= count; i += kCount) {
-      ahead.request(i, kCount);
-      T p[kCount];
-      normalise<kFused, kCount>(h, centre, factor, offset, i, p);
-      silu<kFused, kCount>(p, limits, y + i);
-    }
-    for (; i < count; ++i) {
-      T p;
-      normalise<kFused, 1>(h, centre, factor, offset, i, &p);
-      silu<kFused, 1>(&p, limits, y + i);
-    }
-  } else {
-    for (; i < count; ++i) normalise<kFused, 1>(h, centre, factor, offset, i, y + i);
+  int64_t done = 0;
+  for (; done + kCount <= count; done += kCount) {
+    ahead.request(done, kCount);
+    T p[kCount];
+    normalise<kFused>(h, centre, factor, offset, done, kCount, p);
+    silu<kFused, kCount>(p, limits, y + done);
   }
+  normalise<kFused>(h, centre, factor, offset, done, count - done, y + done);
+  silu<Processor>(y + done, count - done, limits);
 }
 
 // The parts in which a contiguous group is walked: whole channels as long as they fit into a run,
@@ -181,7 +175,8 @@ struct Affine {
   }
 };
 
-// Task: a channel of a contiguous run.
+// Task: a channel of a contiguous run. A function of its own, which keeps the constants of silu in
+// registers from channel to channel.
 template <typename T>
 struct ChannelNormalisation {
   const T* h;
@@ -190,20 +185,32 @@ struct ChannelNormalisation {
   T centre;
   const T *factor, *offset;  // [channels]
   bool silu;
-  Ahead ahead;
+  Ahead ahead;  // as far as this run
 
   template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const ExpLimits<T> limits;
+    // Channels that fill no block are activated together.
+    const bool is_short = pixels < kBlock<Processor, T>;
     for (int64_t c = begin; c < end; ++c) {
-      const int64_t i = c * pixels;
-      normalise<Processor>(h + i, Same<T>{centre}, Same<T>{factor[c]}, Same<T>{offset[c]}, silu, limits,
-                           pixels, y + i, Ahead{ahead.data + i * ahead.bytes_each, ahead.bytes_each});
+      const int64_t first = c * pixels;
+      const Same<T> same_centre{centre}, same_factor{factor[c]}, same_offset{offset[c]};
+      if (silu && !is_short) {
+        activate<Processor>(h + first, same_centre, same_factor, same_offset, limits, pixels,
+                            y + first, ahead.from(first));
+      } else {
+        normalise<Processor::kFused>(h + first, same_centre, same_factor, same_offset, 0, pixels,
+                                     y + first);
+      }
+    }
+    if (silu && is_short) {
+      fastldm::silu<Processor>(y + begin * pixels, (end - begin) * pixels, limits);
     }
   }
 };
 
-// Contiguous: a task is a group, read twice and written once.
+// Contiguous: a task is a group, read twice and written once. While one is normalised, which is
+// mostly computation, the next one comes into the cache.
 template <typename T>
 struct ContiguousForward {
   Operands<T> from;
@@ -220,8 +227,8 @@ struct ContiguousForward {
       const int64_t b = task / from.groups, channel = task % from.groups * depth;
       const int64_t base = (b * from.channels + channel) * from.pixels;
       Moments all;
-      double inverse = 0;
       for (const bool is_last : {false, true}) {
+        if (is_last) prepare(all, task, factor.data(), offset.data());
         for (int64_t first = 0, count; first < size; first += count) {
           count = length_of_run(first, size, from.pixels);
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
@@ -235,25 +242,31 @@ struct ContiguousForward {
           T* to = room(y, base + first, rounded);
           const int64_t piece = std::min(count, from.pixels);
           const int64_t c = first / from.pixels;
-          run_for(Processor::kSet,
-                  ChannelNormalisation<T>{h, to, piece, static_cast<T>(all.mean), factor.data() + c,
-                                          offset.data() + c, from.silu,
-                                          task + 1 < end ? Ahead(from.x, base + size + first) : Ahead()},
-                  0, count / piece);
+          const Ahead next = task + 1 < end ? Ahead(from.x, base + size + first) : Ahead();
+          const ChannelNormalisation<T> of_channel{
+              h,         to,  piece, static_cast<T>(all.mean), factor.data() + c, offset.data() + c,
+              from.silu, next};
+          run_for(Processor::kSet, of_channel, 0, count / piece);
           flush(to, y, base + first, count);
         }
-        inverse = 1 / std::sqrt(all.squares / all.count + from.eps);
-        for (int64_t c = 0; c < depth; ++c) {
-          const Affine<T> with(all.mean, inverse, from.gain(b, channel + c), from.offset(b, channel + c));
-          factor[c] = with.factor;
-          offset[c] = with.offset;
-        }
-      }
-      if (mean) {
-        mean[task] = static_cast<T>(all.mean);
-        rstd[task] = static_cast<T>(inverse);
       }
     }
+  }
+
+  // [channels of the group] each.
+  FASTLDM_INLINE void prepare(const Moments& all, int64_t task, T* factor, T* offset) const {
+    const int64_t b = task / from.groups, depth = from.group_channels();
+    const int64_t channel = task % from.groups * depth;
+    const double inverse = 1 / std::sqrt(all.squares / all.count + from.eps);
+    for (int64_t c = 0; c < depth; ++c) {
+      const Affine<T> with(all.mean, inverse, from.gain(b, channel + c),
+                           from.offset(b, channel + c));
+      factor[c] = with.factor;
+      offset[c] = with.offset;
+    }
+    if (!mean) return;
+    mean[task] = static_cast<T>(all.mean);
+    rstd[task] = static_cast<T>(inverse);
   }
 };
 
@@ -273,9 +286,9 @@ struct Blocks {
   }
 };
 
-// How many rows of pixels make a run.
+// How many rows of pixels make a run: a multiple of the four that are added up together.
 FASTLDM_INLINE int64_t rows_of_run(int64_t channels) {
-  return std::max<int64_t>(1, kRun / channels);
+  return std::max<int64_t>(4, kRun / channels / 4 * 4);
 }
 
 // [count, C] elements of h from pixel `first` on.
@@ -375,8 +388,12 @@ struct ChannelsLastForward {
         const T* h = load_rows(from, loader, b, first, count, buffer.data());
         T* to = room(y, base, rounded.data());
         for (int64_t at = 0; at < count * channels; at += channels) {
-          normalise<Processor, T, const T*>(h + at, centre.data(), factor.data(), offset.data(),
-                                            from.silu, limits, channels, to + at);
+          const T *centres = centre.data(), *factors = factor.data(), *offsets = offset.data();
+          if (from.silu) {
+            activate<Processor>(h + at, centres, factors, offsets, limits, channels, to + at);
+          } else {
+            normalise<Processor::kFused>(h + at, centres, factors, offsets, 0, channels, to + at);
+          }
         }
         flush(to, y, base, count * channels);
       }

@@ -24,8 +24,13 @@ struct BackwardOperands : Operands<T> {
   const T* rstd = nullptr;
 };
 
+// The sums of g, g n and n of each channel, [B, C].
 struct ChannelSums {
-  double g = 0, gn = 0, n = 0;
+  double *g = nullptr, *gn = nullptr, *n = nullptr;
+
+  FASTLDM_INLINE ChannelSums from(int64_t channel) const {
+    return {g + channel, gn + channel, n + channel};
+  }
 };
 
 // The two sums over a group, divided by its size.
@@ -34,12 +39,12 @@ struct GroupSums {
 
   template <typename T>
   FASTLDM_INLINE GroupSums(const BackwardOperands<T>& from, int64_t b, int64_t group,
-                           const ChannelSums* of_sample) {
+                           const ChannelSums& of_sample) {
     const int64_t depth = from.group_channels();
     for (int64_t c = group * depth; c < (group + 1) * depth; ++c) {
       const double gain = from.gain(b, c);
-      g += gain * of_sample[c].g;
-      gn += gain * of_sample[c].gn;
+      g += gain * of_sample.g[c];
+      gn += gain * of_sample.gn[c];
     }
     g /= static_cast<double>(depth * from.pixels);
     gn /= static_cast<double>(depth * from.pixels);
@@ -53,23 +58,19 @@ FASTLDM_INLINE void upstream(const T* __restrict__ h, const T* __restrict__ grad
                              const ExpLimits<T>& limits, int64_t count, T* __restrict__ g) {
   constexpr bool kFused = Processor::kFused;
   constexpr int kCount = kBlock<Processor, T>;
-  int64_t i = 0;
   if (!with_silu) {
-    for (; i < count; ++i) g[i] = grad_y[i];
+    for (int64_t i = 0; i < count; ++i) g[i] = grad_y[i];
     return;
   }
-  for (; i + kCount <= count; i += kCount) {
+  int64_t done = 0;
+  for (; done + kCount <= count; done += kCount) {
     T p[kCount], derivative[kCount];
-    normalise<kFused, kCount>(h, mean, factor, offset, i, p);
+    normalise<kFused>(h, mean, factor, offset, done, kCount, p);
     silu_derivative<kFused, kCount>(p, limits, derivative);
-    for (int j = 0; j < kCount; ++j) g[i + j] = grad_y[i + j] * derivative[j];
+    for (int i = 0; i < kCount; ++i) g[done + i] = grad_y[done + i] * derivative[i];
   }
-  for (; i < count; ++i) {
-    T p, derivative;
-    normalise<kFused, 1>(h, mean, factor, offset, i, &p);
-    silu_derivative<kFused, 1>(&p, limits, &derivative);
-    g[i] = grad_y[i] * derivative;
-  }
+  normalise<kFused>(h, mean, factor, offset, done, count - done, g + done);
+  silu_gradient<Processor>(grad_y + done, count - done, limits, g + done);
 }
 
 // dh = g factor - ((h - mean) slope + level), in the place of g.
@@ -104,27 +105,40 @@ struct ChannelUpstream : ChannelRun<T> {
   const T* grad_y;
   const T* offset;  // [channels]
   bool silu;
-  ChannelSums* sums;  // [channels], or null; of (h - mean) in place of n
+  ChannelSums sums;  // [channels], or null; of (h - mean) in place of n
   bool with_sum_of_n;
 
   template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const ExpLimits<T> limits;
     const T mean = this->mean;
+    const int64_t pixels = this->pixels;
+    const bool is_short = silu && pixels < kBlock<Processor, T>;
     for (int64_t c = begin; c < end; ++c) {
-      const T* h = this->h + c * this->pixels;
-      T* g = this->g + c * this->pixels;
-      upstream<Processor>(h, grad_y + c * this->pixels, Same<T>{mean}, Same<T>{this->factor[c]},
-                          Same<T>{offset[c]}, silu, limits, this->pixels, g);
-      if (!sums) continue;
+      const T* h = this->h + c * pixels;
+      T* g = this->g + c * pixels;
+      const Same<T> centre{mean}, slope{this->factor[c]}, level{offset[c]};
+      if (is_short) {
+        normalise<Processor::kFused>(h, centre, slope, level, 0, pixels, g);
+      } else {
+        upstream<Processor>(h, grad_y + c * pixels, centre, slope, level, silu, limits, pixels, g);
+      }
+    }
+    if (is_short) {
+      const int64_t first = begin * pixels;
+      silu_gradient<Processor>(grad_y + first, (end - begin) * pixels, limits, this->g + first);
+    }
+    if (!sums.g) return;
+    for (int64_t c = begin; c < end; ++c) {
+      const T* h = this->h + c * pixels;
       T of_g = 0, of_products = 0;
-      sum_weighted(g, h, this->pixels, mean, of_g, of_products);
-      sums[c].g += of_g;
-      sums[c].gn += of_products;
+      sum_weighted(this->g + c * pixels, h, pixels, mean, of_g, of_products);
+      sums.g[c] += of_g;
+      sums.gn[c] += of_products;
       if (!with_sum_of_n) continue;
       T of_distances = 0, of_squares = 0;
-      sum_deviations(h, this->pixels, mean, of_distances, of_squares);
-      sums[c].n += of_distances;
+      sum_deviations(h, pixels, mean, of_distances, of_squares);
+      sums.n[c] += of_distances;
     }
   }
 };
@@ -148,8 +162,8 @@ struct ChannelDownstream : ChannelRun<T> {
 template <typename T>
 struct ContiguousBackward {
   BackwardOperands<T> from;
-  ChannelSums* sums;  // [B, C], zero
-  Target grad_x;      // null where it is not wanted
+  ChannelSums sums;  // zero
+  Target grad_x;     // null where it is not wanted
   bool with_sum_of_n;
 
   template <typename Processor>
@@ -162,7 +176,8 @@ struct ContiguousBackward {
       const int64_t b = task / from.groups, channel = task % from.groups * depth;
       const int64_t base = (b * from.channels + channel) * from.pixels;
       const T mean = from.mean[task], rstd = from.rstd[task];
-      ChannelSums* of_group = sums + b * from.channels + channel;
+      const ChannelSums of_sample = sums.from(b * from.channels);
+      const ChannelSums of_group = of_sample.from(channel);
       for (int64_t c = 0; c < depth; ++c) {
         factor[c] = rstd * from.gain(b, channel + c);
         offset[c] = from.offset(b, channel + c);
@@ -172,7 +187,7 @@ struct ContiguousBackward {
         if (is_last) {
           normalise_sums(rstd, depth, of_group);
           if (!grad_x.data) break;
-          const GroupSums mean_of(from, b, task % from.groups, sums + b * from.channels);
+          const GroupSums mean_of(from, b, task % from.groups, of_sample);
           level = static_cast<T>(rstd * mean_of.g);
           slope = static_cast<T>(rstd * mean_of.gn) * rstd;
         }
@@ -186,7 +201,7 @@ struct ContiguousBackward {
             const T* grad = read_upward(from.grad_y, base + first, count, of_grad);
             run_for(Processor::kSet,
                     ChannelUpstream<T>{run, grad, offset.data() + c, from.silu,
-                                       is_last ? nullptr : of_group + c, with_sum_of_n},
+                                       is_last ? ChannelSums() : of_group.from(c), with_sum_of_n},
                     0, count / piece);
           }
           if (is_last) {
@@ -198,10 +213,10 @@ struct ContiguousBackward {
     }
   }
 
-  static FASTLDM_INLINE void normalise_sums(T rstd, int64_t depth, ChannelSums* of_group) {
+  static FASTLDM_INLINE void normalise_sums(T rstd, int64_t depth, const ChannelSums& of_group) {
     for (int64_t c = 0; c < depth; ++c) {
-      of_group[c].gn *= rstd;
-      of_group[c].n *= rstd;
+      of_group.gn[c] *= rstd;
+      of_group.n[c] *= rstd;
     }
   }
 };
@@ -315,20 +330,20 @@ struct ChannelsLastSums {
 // The sums of a sample, its blocks added in their order.
 template <typename T>
 void merge_blocks(const BackwardOperands<T>& from, const T* parts, int64_t blocks, int64_t b,
-                  ChannelSums* sums) {
+                  const ChannelSums& sums) {
   const int64_t channels = from.channels;
   parts += b * blocks * 3 * channels;
   for (int64_t block = 0; block < blocks; ++block, parts += 3 * channels) {
     for (int64_t c = 0; c < channels; ++c) {
-      sums[c].g += parts[c];
-      sums[c].gn += parts[channels + c];
-      sums[c].n += parts[2 * channels + c];
+      sums.g[c] += parts[c];
+      sums.gn[c] += parts[channels + c];
+      sums.n[c] += parts[2 * channels + c];
     }
   }
   for (int64_t c = 0; c < channels; ++c) {
     const T rstd = from.rstd[b * from.groups + c / from.group_channels()];
-    sums[c].gn *= rstd;
-    sums[c].n *= rstd;
+    sums.gn[c] *= rstd;
+    sums.n[c] *= rstd;
   }
 }
 
@@ -337,7 +352,7 @@ template <typename T>
 struct ChannelsLastBackward {
   BackwardOperands<T> from;
   Blocks blocks;
-  const ChannelSums* sums;  // [B, C]
+  ChannelSums sums;
   Target grad_x;
 
   template <typename Processor>
@@ -354,8 +369,8 @@ struct ChannelsLastBackward {
         walk.template make<Processor>(b, first, count, keeps<T>(grad_x));
         for (int64_t at = 0; at < count * channels; at += channels) {
           downstream<Processor::kFused, T, const T*>(walk.h + at, walk.of_channel.mean.data(),
-                                          walk.of_channel.factor.data(), slope.data(), level.data(),
-                                          channels, walk.g + at);
+                                                     walk.of_channel.factor.data(), slope.data(),
+                                                     level.data(), channels, walk.g + at);
         }
         flush(walk.g, grad_x, walk.base, count * channels);
       }
@@ -366,7 +381,7 @@ struct ChannelsLastBackward {
     const int64_t depth = from.group_channels();
     for (int64_t group = 0; group < from.groups; ++group) {
       const T rstd = from.rstd[b * from.groups + group];
-      const GroupSums of_group(from, b, group, sums + b * from.channels);
+      const GroupSums of_group(from, b, group, sums.from(b * from.channels));
       for (int64_t c = group * depth; c < (group + 1) * depth; ++c) {
         slope[c] = static_cast<T>(rstd * of_group.gn) * rstd;
         level[c] = static_cast<T>(rstd * of_group.g);
@@ -375,36 +390,62 @@ struct ChannelsLastBackward {
   }
 };
 
-// The gradients of what is given a channel; those not wanted are null.
+// Task: the gradients of what is given a channel, for a group; those not wanted are null.
 template <typename T>
 struct ParameterGradients {
+  BackwardOperands<T> from;
+  ChannelSums sums;
   T *weight, *bias;                // [C]
   T *channel_add, *scale, *shift;  // [B, C]
 
-  void fill(const BackwardOperands<T>& from, const ChannelSums* sums, int64_t c) const {
-    double of_weight = 0, of_bias = 0;
-    for (int64_t b = 0; b < from.batch; ++b) {
-      const int64_t at = b * from.channels + c;
-      const ChannelSums& of = sums[at];
-      const double modulation = from.scale ? T(1) + from.scale[at] : T(1);
-      of_weight += modulation * of.gn;
-      of_bias += modulation * of.g;
-      if (shift) shift[at] = static_cast<T>(of.g);
-      if (scale) {
-        scale[at] = static_cast<T>((from.weight ? from.weight[c] : T(1)) * of.gn +
-                                   (from.bias ? from.bias[c] : T(0)) * of.g);
+  template <typename Processor>
+  FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
+    const int64_t depth = from.group_channels();
+    std::vector<double> of_weight(depth), of_bias(depth);
+    for (int64_t group = begin; group < end; ++group) {
+      const int64_t first = group * depth;
+      std::fill(of_weight.begin(), of_weight.end(), 0);
+      std::fill(of_bias.begin(), of_bias.end(), 0);
+      for (int64_t b = 0; b < from.batch; ++b) {
+        const int64_t at = b * from.channels + first;
+        add(sums.from(at), from.scale ? from.scale + at : nullptr, depth, of_weight.data(),
+            of_bias.data());
+        if (shift) std::copy_n(sums.g + at, depth, shift + at);
+        if (scale) fill_scale(sums.from(at), first, depth, scale + at);
+        if (channel_add) fill_channel_add(b, group, channel_add + at);
       }
-      if (channel_add) {
-        const int64_t group = c / from.group_channels();
-        const GroupSums of_group(from, b, group, sums + b * from.channels);
-        const double pixels = static_cast<double>(from.pixels);
-        channel_add[at] =
-            static_cast<T>(from.rstd[b * from.groups + group] *
-                           (from.gain(b, c) * of.g - (pixels * of_group.g + of.n * of_group.gn)));
-      }
+      if (weight) std::copy_n(of_weight.data(), depth, weight + first);
+      if (bias) std::copy_n(of_bias.data(), depth, bias + first);
     }
-    if (weight) weight[c] = static_cast<T>(of_weight);
-    if (bias) bias[c] = static_cast<T>(of_bias);
+  }
+
+  static FASTLDM_INLINE void add(const ChannelSums& of, const T* scale, int64_t depth,
+                                 double* __restrict__ of_weight, double* __restrict__ of_bias) {
+    for (int64_t c = 0; c < depth; ++c) {
+      const double modulation = scale ? T(1) + scale[c] : T(1);
+      of_weight[c] += modulation * of.gn[c];
+      of_bias[c] += modulation * of.g[c];
+    }
+  }
+
+  FASTLDM_INLINE void fill_scale(const ChannelSums& of, int64_t first, int64_t depth,
+                                 T* __restrict__ to) const {
+    for (int64_t c = 0; c < depth; ++c) {
+      to[c] = static_cast<T>((from.weight ? from.weight[first + c] : T(1)) * of.gn[c] +
+                             (from.bias ? from.bias[first + c] : T(0)) * of.g[c]);
+    }
+  }
+
+  FASTLDM_INLINE void fill_channel_add(int64_t b, int64_t group, T* __restrict__ to) const {
+    const int64_t depth = from.group_channels(), first = group * depth;
+    const ChannelSums of_sample = sums.from(b * from.channels), of = of_sample.from(first);
+    const GroupSums of_group(from, b, group, of_sample);
+    const double pixels = static_cast<double>(from.pixels);
+    const double rstd = from.rstd[b * from.groups + group];
+    for (int64_t c = 0; c < depth; ++c) {
+      to[c] = static_cast<T>(rstd * (from.gain(b, first + c) * of.g[c] -
+                                     (pixels * of_group.g + of.n[c] * of_group.gn)));
+    }
   }
 };
 

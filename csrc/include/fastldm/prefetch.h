@@ -32,16 +32,21 @@ FASTLDM_INLINE void prefetch(const void* data, Storage type, int64_t first, int6
   }
 }
 
-// Elements that will be wanted, in step with the computation of others; by default none.
+// Elements that will be wanted, fetched in step with the computation of others; by default none.
 struct Ahead {
   const char* data = nullptr;
   int64_t bytes_each = 0;
 
   FASTLDM_INLINE Ahead() = default;
-  FASTLDM_INLINE Ahead(const char* data, int64_t bytes_each) : data(data), bytes_each(bytes_each) {}
   FASTLDM_INLINE Ahead(const Source& source, int64_t first)
       : data(static_cast<const char*>(source.data) + first * bytes_of(source.type)),
         bytes_each(bytes_of(source.type)) {}
+
+  FASTLDM_INLINE Ahead from(int64_t first) const {
+    Ahead rest = *this;
+    rest.data += first * bytes_each;
+    return rest;
+  }
 
   FASTLDM_INLINE void request(int64_t first, int64_t count) const {
     for (int64_t at = first * bytes_each; at < (first + count) * bytes_each; at += 64) {

@@ -71,14 +71,22 @@ FASTLDM_INLINE void sum_deviations(const T* values, int64_t count, T centre, T& 
     q0 += d0 * d0;
     q1 += d1 * d1;
   }
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vector d = Lanes<T>::load(values + i) - centre;
+    s0 += d;
+    q0 += d * d;
+  }
   T rest = 0, rest_of_squares = 0;
   for (; i < count; ++i) {
     const T d = values[i] - centre;
     rest += d;
     rest_of_squares += d * d;
   }
-  sum = Lanes<T>::sum(s0 + s1) + rest;
-  squares = Lanes<T>::sum(q0 + q1) + rest_of_squares;
+  sum = rest;
+  squares = rest_of_squares;
+  if (count < kLanes) return;
+  sum += Lanes<T>::sum(s0 + s1);
+  squares += Lanes<T>::sum(q0 + q1);
 }
 
 // The sums of g and of g (v - centre).
@@ -96,13 +104,21 @@ FASTLDM_INLINE void sum_weighted(const T* g, const T* values, int64_t count, T c
     q0 += g0 * (Lanes<T>::load(values + i) - centre);
     q1 += g1 * (Lanes<T>::load(values + i + kLanes) - centre);
   }
+  for (; i + kLanes <= count; i += kLanes) {
+    const Vector g0 = Lanes<T>::load(g + i);
+    s0 += g0;
+    q0 += g0 * (Lanes<T>::load(values + i) - centre);
+  }
   T rest = 0, rest_of_products = 0;
   for (; i < count; ++i) {
     rest += g[i];
     rest_of_products += g[i] * (values[i] - centre);
   }
-  sum = Lanes<T>::sum(s0 + s1) + rest;
-  products = Lanes<T>::sum(q0 + q1) + rest_of_products;
+  sum = rest;
+  products = rest_of_products;
+  if (count < kLanes) return;
+  sum += Lanes<T>::sum(s0 + s1);
+  products += Lanes<T>::sum(q0 + q1);
 }
 
 // The same for each column of [rows, width], added to what is there; four rows at a time, so that

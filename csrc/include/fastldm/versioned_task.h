@@ -38,19 +38,20 @@ __attribute__((noinline)) void run_default(const Task& task, int64_t begin, int6
 }
 
 template <typename Task>
-__attribute__((noinline)) FASTLDM_TARGET("avx2,fma")
-void run_avx2(const Task& task, int64_t begin, int64_t end) {
+__attribute__((noinline)) FASTLDM_TARGET("avx2,fma") void run_avx2(const Task& task, int64_t begin,
+                                                                   int64_t end) {
   task.template run<Processor<InstructionSet::kAvx2, 32, true>>(begin, end);
 }
 
 template <typename Task>
-__attribute__((noinline)) FASTLDM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
-void run_avx512(const Task& task, int64_t begin, int64_t end) {
+__attribute__((noinline)) FASTLDM_TARGET(
+    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma") void run_avx512(const Task& task, int64_t begin,
+                                                                   int64_t end) {
   task.template run<Processor<InstructionSet::kAvx512, 64, true>>(begin, end);
 }
 
-// Calls task.run<Processor>(begin, end), which must be FASTLDM_INLINE as all that it calls in turn, so
-// that it becomes part of the version for the instruction set.
+// Calls task.run<Processor>(begin, end), which must be FASTLDM_INLINE as all that it calls in turn,
+// so that it becomes part of the version for the instruction set.
 template <typename Task>
 void run_for(InstructionSet set, const Task& task, int64_t begin, int64_t end) {
   switch (set) {

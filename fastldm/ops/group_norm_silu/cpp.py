@@ -9,13 +9,16 @@ from torch import Tensor
 from fastldm.ops._extension import extension
 
 
-def group_norm_silu(x: Tensor, *arguments: Any) -> Tensor:
-    """The first result of `group_norm_silu_fwd` alone.
+def group_norm_silu(x: Tensor, *arguments: Any) -> Tensor | None:
+    """The whole operator for eager tensors, with its backward pass; never while a graph is traced.
+
+    Returns:
+        None where somebody listens to operations on these tensors: see `fastldm.ops._direct`.
 
     Raises:
         RuntimeError, TypeError: an argument is one that the functional does not accept.
     """
-    result: Tensor = extension().group_norm_silu(x, *arguments)
+    result: Tensor | None = extension().group_norm_silu(x, *arguments)
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -58,17 +59,19 @@ def group_norm_silu(
     silu = activation == "silu"
     if (
         (silu or activation is None)
+        and not torch.compiler.is_compiling()
         and _dispatch.prefers_cpp(x)
-        and _direct.may_call_kernel(x, *operands, backend="cpp")
     ):
         # The kernel refuses what the checks refuse. They cost more time than a small tensor, and
         # are to say what is wrong.
         try:
-            return cpp.group_norm_silu(
+            y = cpp.group_norm_silu(
                 x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift
             )
         except (RuntimeError, TypeError):
-            pass
+            y = None
+        if y is not None:
+            return y
     _check(x, num_groups, weight, bias, activation, channel_add, residual, scale, shift)
     backend = _dispatch.choose("group_norm_silu", x, num_groups)
     if backend == "reference":
@@ -134,36 +137,56 @@ class _GroupNormSiLU(torch.autograd.Function):
         (grad_y,) = grads
         *operands, mean, rstd = ctx.saved_tensors
         needs = ctx.needs_input_grad[: len(operands)]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            return (*_differentiable_gradients(ctx, operands, needs, grad_y), *(None,) * 4)
-        x, weight, bias, channel_add, residual, scale, shift = operands
-        need_x, need_weight, need_bias, need_add, need_residual, need_scale, need_shift = needs
-        wanted = [
-            need_x or need_residual, need_weight, need_bias, need_add, need_scale, need_shift
-        ]  # fmt: skip
-        found = _direct.raw("group_norm_silu_bwd", ctx.backend, grad_y, *operands)(
-            grad_y, x, mean, rstd, ctx.num_groups, weight, bias, ctx.eps, ctx.silu, channel_add,
-            residual, scale, shift, wanted,
-        )  # fmt: skip
-        dx, dweight, dbias, dadd, dscale, dshift = (
-            gradient if want else None for gradient, want in zip(found, wanted, strict=True)
+        found = gradients(
+            operands, mean, rstd, needs, grad_y, ctx.num_groups, ctx.eps, ctx.silu, ctx.backend
         )
-        return (
-            dx if need_x else None, dweight, dbias, dadd, dx if need_residual else None, dscale,
-            dshift, None, None, None, None,
-        )  # fmt: skip
+        return (*found, *(None,) * 4)
+
+
+def gradients(
+    operands: Sequence[Tensor | None],
+    mean: Tensor,
+    rstd: Tensor,
+    needs: Sequence[bool],
+    grad_y: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradient of each operand that needs one: the backward pass, here and in C++."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _differentiable_gradients(operands, needs, grad_y, num_groups, eps, silu)
+    x, weight, bias, channel_add, residual, scale, shift = operands
+    need_x, need_weight, need_bias, need_add, need_residual, need_scale, need_shift = needs
+    wanted = [need_x or need_residual, need_weight, need_bias, need_add, need_scale, need_shift]
+    found = _direct.raw("group_norm_silu_bwd", backend, grad_y, *operands)(
+        grad_y, x, mean, rstd, num_groups, weight, bias, eps, silu, channel_add, residual, scale,
+        shift, wanted,
+    )  # fmt: skip
+    dx, dweight, dbias, dadd, dscale, dshift = (
+        gradient if want else None for gradient, want in zip(found, wanted, strict=True)
+    )
+    return (
+        dx if need_x else None, dweight, dbias, dadd, dx if need_residual else None, dscale, dshift
+    )  # fmt: skip
 
 
 def _differentiable_gradients(
-    ctx: Any, operands: list[Tensor | None], needs: tuple[bool, ...], grad_y: Tensor
-) -> list[Tensor | None]:
+    operands: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    grad_y: Tensor,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> tuple[Tensor | None, ...]:
     """The gradients as a graph of their own, for ``create_graph=True``."""
     # A view each, so that one tensor given as two arguments has two gradients.
     views = [value if value is None else value.view_as(value) for value in operands]
-    y = _formula(*views, num_groups=ctx.num_groups, eps=ctx.eps, silu=ctx.silu)  # type: ignore[arg-type]
+    y = _formula(*views, num_groups=num_groups, eps=eps, silu=silu)  # type: ignore[arg-type]
     wanted = [view for view, need in zip(views, needs, strict=True) if need and view is not None]
-    gradients = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
-    return [next(gradients) if need else None for need in needs]
+    found = iter(torch.autograd.grad(y, wanted, grad_y, create_graph=True))
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _check(
