@@ -347,7 +347,7 @@ void merge_blocks(const BackwardOperands<T>& from, const T* parts, int64_t block
   }
 }
 
-// Task: a block of pixels.
+// Task: a block of pixels, the last ones first: they are in the cache yet.
 template <typename T>
 struct ChannelsLastBackward {
   BackwardOperands<T> from;
@@ -360,7 +360,7 @@ struct ChannelsLastBackward {
     const int64_t channels = from.channels;
     RowWalk<T> walk(from, grad_x);
     std::vector<T> slope(channels), level(channels);
-    for (int64_t task = begin; task < end; ++task) {
+    for (int64_t task = end; task-- > begin;) {
       const int64_t b = task / blocks.per_sample, block = task % blocks.per_sample;
       const int64_t last = blocks.first(block) + blocks.count(block, from.pixels);
       if (walk.enter(b)) fill(b, slope.data(), level.data());
