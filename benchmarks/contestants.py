@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fastldm import ops
 
 FASTLDM, EAGER, COMPILED, DIFFUSERS = "fastldm", "eager", "torch.compile", "diffusers"
+FASTLDM_COMPILED = "fastldm compiled"
 
 PEERS = [
     pytest.param((EAGER, DIFFUSERS), id="uncompiled"),
-    pytest.param((COMPILED,), id="compiled", marks=pytest.mark.slow),
+    pytest.param((FASTLDM_COMPILED, COMPILED), id="compiled", marks=pytest.mark.slow),
 ]
 """Whom a test holds our kernels against; torch.compile takes minutes before it can be timed."""
 
@@ -41,22 +42,23 @@ def contestants(
     Args:
         network: of ours.
         work: is given a network, again and again.
-        peers: of EAGER, COMPILED, DIFFUSERS.
+        peers: of FASTLDM_COMPILED (our kernels in what torch.compile makes of the rest), EAGER,
+            COMPILED, DIFFUSERS.
         diffusers: builds the same network as diffusers has it, without its weights.
 
     Raises:
         AssertionError: a result differs from that of plain torch.
     """
     found = {FASTLDM: _under("auto", work, network)}
+    torch._dynamo.reset()
     for peer in peers:
         twin: Any = diffusers() if peer == DIFFUSERS else copy.deepcopy(network)
         if peer == DIFFUSERS:
             twin.load_state_dict(network.state_dict())
             twin.to(next(network.parameters()).device).train(network.training)
-        if peer == COMPILED:
-            torch._dynamo.reset()
+        if peer in (COMPILED, FASTLDM_COMPILED):
             twin = torch.compile(twin)
-        found[peer] = _under("reference", work, twin)
+        found[peer] = _under("auto" if peer == FASTLDM_COMPILED else "reference", work, twin)
     assert_agreement(found, _under("reference", work, copy.deepcopy(network))())
     return found
 

@@ -12,8 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.contestants import EAGER, FASTLDM, assert_agreement, contestants
+from benchmarks.contestants import (
+    COMPILED,
+    EAGER,
+    FASTLDM,
+    FASTLDM_COMPILED,
+    Results,
+    assert_agreement,
+    contestants,
+)
 from benchmarks.gpu.records import ROOT
+from fastldm import ops
 
 SMALL = "benchmarks/test_cross_attention.py::test_forward[(2, 64, 4, 24, 24)]"
 
@@ -74,3 +83,23 @@ def test_contestants_share_weights_and_agree() -> None:
     assert_agreement(calls, expected)
     with pytest.raises(AssertionError, match="eager differs from plain torch by 1"):
         assert_agreement({"eager": lambda: (2 * expected[0],)}, expected)
+
+
+def test_compiled_contestants_differ_in_whose_kernels_they_have(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    network, x = nn.Linear(4, 4), torch.randn(2, 4)
+    asked: list[str] = []
+
+    def work(network: nn.Module) -> Results:
+        asked.append(ops.explain("geglu", x).partition("asked for: ")[2].partition(")")[0])
+        return (network(x),)
+
+    peers = (FASTLDM_COMPILED, COMPILED)
+    calls = contestants(network, work, peers, lambda: network)
+    assert list(calls) == [FASTLDM, *peers]
+    asked.clear()
+    for call in calls.values():
+        call()
+    assert asked == ["auto", "auto", "reference"]
