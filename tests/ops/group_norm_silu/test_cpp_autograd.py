@@ -98,6 +98,19 @@ def test_a_tensor_given_twice_has_both_gradients() -> None:
     _assert_same(_gradients(fused, [x]), _gradients(plain, [x]))
 
 
+def test_without_activation() -> None:
+    x, _, _ = _operands()
+
+    def fused(x: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, 3, activation=None, eps=0.1)
+
+    def plain(x: Tensor) -> Tensor:
+        return F.group_norm(x, 3, eps=0.1)
+
+    assert _is_recorded_in_cpp(fused(x))
+    _assert_same(_gradients(fused, [x]), _gradients(plain, [x]))
+
+
 def test_second_derivatives() -> None:
     def curvature(norm: Callable[..., Tensor]) -> Gradients:
         operands = _operands()
