@@ -117,8 +117,11 @@ FASTLDM_INLINE void half_exp_of_negative(const T* p, const ExpLimits<T>& limits,
   for (int i = 0; i < kCount; ++i) half[i] = half_exp<kFused>(shifted[i], r[i]);
 }
 
-// Numbers in a block: four registers, so that several arrays of them find room.
+// Numbers in a block: four registers, so that several arrays of them find room. For registers of 16
+// bytes it is one, and a loop over blocks is what the compiler makes vector operations of.
 template <typename Processor, typename T>
-constexpr int kBlock = 4 * Processor::kRegisterBytes / static_cast<int>(sizeof(T));
+constexpr int kBlock =
+    Processor::kRegisterBytes > 16 ? 4 * Processor::kRegisterBytes / static_cast<int>(sizeof(T))
+                                   : 1;
 
 }  // namespace fastldm

@@ -277,18 +277,19 @@ struct DeviationRatio {
         const T* out = read(step.output, first, count, of_output);
         const T* uncond = read(step.uncond, first, count, of_uncond);
         for (int i = 0; i < count; ++i) guided[i] = guide(out[i], uncond[i], scale);
-        conditional.add(moments(out, count));
-        combined.add(moments(guided, count));
+        conditional.add(moments<Processor>(out, count));
+        combined.add(moments<Processor>(guided, count));
       }
       scalars[b].deviation_ratio =
           static_cast<T>(deviation(conditional)) / static_cast<T>(deviation(combined));
     }
   }
 
+  template <typename Processor>
   static FASTLDM_INLINE Moments moments(const T* values, int count) {
-    const T centre = sum(values, count) / static_cast<T>(count);
+    const T centre = sum<Processor>(values, count) / static_cast<T>(count);
     T about = 0, squares = 0;
-    sum_deviations(values, count, centre, about, squares);
+    sum_deviations<Processor>(values, count, centre, about, squares);
     return Moments::about(centre, count, about, squares);
   }
 

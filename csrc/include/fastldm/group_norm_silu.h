@@ -123,7 +123,8 @@ FASTLDM_INLINE void activate(const T* __restrict__ h, Values centre, Values fact
   constexpr int kCount = kBlock<Processor, T>;
   int64_t done = 0;
   for (; done + kCount <= count; done += kCount) {
-    ahead.request(done, kCount);
+    // Where a block is one number it would keep the loop from becoming vector code.
+    if constexpr (kCount > 1) ahead.request(done, kCount);
     T p[kCount];
     normalise<kFused>(h, centre, factor, offset, done, kCount, p);
     silu<kFused, kCount>(p, limits, y + done);
@@ -155,10 +156,10 @@ FASTLDM_INLINE const T* load_run(const Operands<T>& from, Loader<T>& loader, int
   return h;
 }
 
-template <typename T>
+template <typename Processor, typename T>
 FASTLDM_INLINE Moments moments_about(T centre, const T* h, int64_t count) {
   T about = 0, squares = 0;
-  sum_deviations(h, count, centre, about, squares);
+  sum_deviations<Processor>(h, count, centre, about, squares);
   return Moments::about(centre, static_cast<double>(count), about, squares);
 }
 
@@ -234,9 +235,9 @@ struct ContiguousForward {
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
           if (!is_last) {
             const int64_t sample = (count + 3) / 4;
-            const T centre =
-                first == 0 ? sum(h, sample) / static_cast<T>(sample) : static_cast<T>(all.mean);
-            all.add(moments_about(centre, h, count));
+            const T centre = first == 0 ? sum<Processor>(h, sample) / static_cast<T>(sample)
+                                        : static_cast<T>(all.mean);
+            all.add(moments_about<Processor>(centre, h, count));
             continue;
           }
           T* to = room(y, base + first, rounded);
@@ -341,19 +342,21 @@ struct ChannelsLastMoments {
       }
       for (int64_t g = 0; g < from.groups; ++g) {
         moments[task * from.groups + g] =
-            of_group(means.data() + g * depth, spreads.data() + g * depth, depth,
-                     static_cast<double>(count));
+            of_group<Processor>(means.data() + g * depth, spreads.data() + g * depth, depth,
+                                static_cast<double>(count));
       }
     }
   }
 
   // Of channels of `count` elements each.
+  template <typename Processor>
   static FASTLDM_INLINE Moments of_group(const double* means, const double* spreads, int64_t depth,
                                          double count) {
-    const double mean = sum(means, depth) / static_cast<double>(depth);
+    const double mean = sum<Processor>(means, depth) / static_cast<double>(depth);
     double distance = 0, between = 0;
-    sum_deviations(means, depth, mean, distance, between);
-    return {count * static_cast<double>(depth), mean, sum(spreads, depth) + count * between};
+    sum_deviations<Processor>(means, depth, mean, distance, between);
+    return {count * static_cast<double>(depth), mean,
+            sum<Processor>(spreads, depth) + count * between};
   }
 };
 

@@ -132,12 +132,12 @@ struct ChannelUpstream : ChannelRun<T> {
     for (int64_t c = begin; c < end; ++c) {
       const T* h = this->h + c * pixels;
       T of_g = 0, of_products = 0;
-      sum_weighted(this->g + c * pixels, h, pixels, mean, of_g, of_products);
+      sum_weighted<Processor>(this->g + c * pixels, h, pixels, mean, of_g, of_products);
       sums.g[c] += of_g;
       sums.gn[c] += of_products;
       if (!with_sum_of_n) continue;
       T of_distances = 0, of_squares = 0;
-      sum_deviations(h, pixels, mean, of_distances, of_squares);
+      sum_deviations<Processor>(h, pixels, mean, of_distances, of_squares);
       sums.n[c] += of_distances;
     }
   }

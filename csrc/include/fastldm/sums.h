@@ -7,19 +7,48 @@
 
 namespace fastldm {
 
-template <typename T>
+// Sixteen floats, or eight doubles, in as many registers as they fill.
+template <typename Processor, typename T>
 struct Lanes {
-  static constexpr int kCount = 64 / sizeof(T);
-  typedef T Vector __attribute__((vector_size(64), aligned(sizeof(T)), may_alias));
+  static constexpr int kBytes = Processor::kRegisterBytes, kParts = 64 / kBytes;
+  static constexpr int kEach = kBytes / sizeof(T), kCount = 64 / sizeof(T);
+  typedef T Vector __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
 
-  static FASTLDM_INLINE Vector load(const T* values) {
-    return *reinterpret_cast<const Vector*>(values);
+  Vector part[kParts] = {};
+
+  static FASTLDM_INLINE Lanes load(const T* values) {
+    Lanes lanes;
+    for (int i = 0; i < kParts; ++i) {
+      lanes.part[i] = *reinterpret_cast<const Vector*>(values + i * kEach);
+    }
+    return lanes;
+  }
+
+  FASTLDM_INLINE Lanes minus(T value) const {
+    Lanes lanes;
+    for (int i = 0; i < kParts; ++i) lanes.part[i] = part[i] - value;
+    return lanes;
+  }
+
+  FASTLDM_INLINE void add(const Lanes& other) {
+    for (int i = 0; i < kParts; ++i) part[i] += other.part[i];
+  }
+
+  FASTLDM_INLINE void add_product(const Lanes& a, const Lanes& b) {
+    for (int i = 0; i < kParts; ++i) part[i] += a.part[i] * b.part[i];
   }
 
   // The halves added, and the halves of the sum, down to one number.
-  static FASTLDM_INLINE T sum(Vector v) {
-    const Quarter quarter = folded<Quarter>(folded<Half>(v));
-    if constexpr (kCount == 16) {
+  FASTLDM_INLINE T sum() const {
+    Quarter quarter;
+    if constexpr (kParts == 1) {
+      quarter = folded<Quarter>(folded<Half>(part[0]));
+    } else if constexpr (kParts == 2) {
+      quarter = folded<Quarter>(part[0] + part[1]);
+    } else {
+      quarter = (part[0] + part[2]) + (part[1] + part[3]);
+    }
+    if constexpr (sizeof(T) == 4) {
       return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
     } else {
       return quarter[0] + quarter[1];
@@ -39,86 +68,91 @@ struct Lanes {
   }
 };
 
-template <typename T>
+template <typename Processor, typename T>
 FASTLDM_INLINE T sum(const T* values, int64_t count) {
-  constexpr int kLanes = Lanes<T>::kCount;
-  typename Lanes<T>::Vector s0 = {}, s1 = {}, s2 = {}, s3 = {};
+  using L = Lanes<Processor, T>;
+  L s0, s1, s2, s3;
   int64_t i = 0;
-  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    s0 += Lanes<T>::load(values + i);
-    s1 += Lanes<T>::load(values + i + kLanes);
-    s2 += Lanes<T>::load(values + i + 2 * kLanes);
-    s3 += Lanes<T>::load(values + i + 3 * kLanes);
+  for (; i + 4 * L::kCount <= count; i += 4 * L::kCount) {
+    s0.add(L::load(values + i));
+    s1.add(L::load(values + i + L::kCount));
+    s2.add(L::load(values + i + 2 * L::kCount));
+    s3.add(L::load(values + i + 3 * L::kCount));
   }
-  for (; i + kLanes <= count; i += kLanes) s0 += Lanes<T>::load(values + i);
+  for (; i + L::kCount <= count; i += L::kCount) s0.add(L::load(values + i));
   T rest = 0;
   for (; i < count; ++i) rest += values[i];
-  return Lanes<T>::sum((s0 + s1) + (s2 + s3)) + rest;
+  s0.add(s1);
+  s2.add(s3);
+  s0.add(s2);
+  return s0.sum() + rest;
 }
 
 // The sums of v - centre and of its square.
-template <typename T>
+template <typename Processor, typename T>
 FASTLDM_INLINE void sum_deviations(const T* values, int64_t count, T centre, T& sum, T& squares) {
-  using Vector = typename Lanes<T>::Vector;
-  constexpr int kLanes = Lanes<T>::kCount;
-  Vector s0 = {}, s1 = {}, q0 = {}, q1 = {};
+  using L = Lanes<Processor, T>;
+  L s0, s1, q0, q1;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Vector d0 = Lanes<T>::load(values + i) - centre;
-    const Vector d1 = Lanes<T>::load(values + i + kLanes) - centre;
-    s0 += d0;
-    s1 += d1;
-    q0 += d0 * d0;
-    q1 += d1 * d1;
+  for (; i + 2 * L::kCount <= count; i += 2 * L::kCount) {
+    const L d0 = L::load(values + i).minus(centre);
+    const L d1 = L::load(values + i + L::kCount).minus(centre);
+    s0.add(d0);
+    s1.add(d1);
+    q0.add_product(d0, d0);
+    q1.add_product(d1, d1);
   }
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vector d = Lanes<T>::load(values + i) - centre;
-    s0 += d;
-    q0 += d * d;
+  if (i + L::kCount <= count) {
+    const L d = L::load(values + i).minus(centre);
+    s0.add(d);
+    q0.add_product(d, d);
+    i += L::kCount;
   }
-  T rest = 0, rest_of_squares = 0;
+  sum = 0;
+  squares = 0;
   for (; i < count; ++i) {
     const T d = values[i] - centre;
-    rest += d;
-    rest_of_squares += d * d;
+    sum += d;
+    squares += d * d;
   }
-  sum = rest;
-  squares = rest_of_squares;
-  if (count < kLanes) return;
-  sum += Lanes<T>::sum(s0 + s1);
-  squares += Lanes<T>::sum(q0 + q1);
+  if (count < L::kCount) return;
+  s0.add(s1);
+  q0.add(q1);
+  sum += s0.sum();
+  squares += q0.sum();
 }
 
 // The sums of g and of g (v - centre).
-template <typename T>
+template <typename Processor, typename T>
 FASTLDM_INLINE void sum_weighted(const T* g, const T* values, int64_t count, T centre, T& sum,
                                  T& products) {
-  using Vector = typename Lanes<T>::Vector;
-  constexpr int kLanes = Lanes<T>::kCount;
-  Vector s0 = {}, s1 = {}, q0 = {}, q1 = {};
+  using L = Lanes<Processor, T>;
+  L s0, s1, q0, q1;
   int64_t i = 0;
-  for (; i + 2 * kLanes <= count; i += 2 * kLanes) {
-    const Vector g0 = Lanes<T>::load(g + i), g1 = Lanes<T>::load(g + i + kLanes);
-    s0 += g0;
-    s1 += g1;
-    q0 += g0 * (Lanes<T>::load(values + i) - centre);
-    q1 += g1 * (Lanes<T>::load(values + i + kLanes) - centre);
+  for (; i + 2 * L::kCount <= count; i += 2 * L::kCount) {
+    const L g0 = L::load(g + i), g1 = L::load(g + i + L::kCount);
+    s0.add(g0);
+    s1.add(g1);
+    q0.add_product(g0, L::load(values + i).minus(centre));
+    q1.add_product(g1, L::load(values + i + L::kCount).minus(centre));
   }
-  for (; i + kLanes <= count; i += kLanes) {
-    const Vector g0 = Lanes<T>::load(g + i);
-    s0 += g0;
-    q0 += g0 * (Lanes<T>::load(values + i) - centre);
+  if (i + L::kCount <= count) {
+    const L g0 = L::load(g + i);
+    s0.add(g0);
+    q0.add_product(g0, L::load(values + i).minus(centre));
+    i += L::kCount;
   }
-  T rest = 0, rest_of_products = 0;
+  sum = 0;
+  products = 0;
   for (; i < count; ++i) {
-    rest += g[i];
-    rest_of_products += g[i] * (values[i] - centre);
+    sum += g[i];
+    products += g[i] * (values[i] - centre);
   }
-  sum = rest;
-  products = rest_of_products;
-  if (count < kLanes) return;
-  sum += Lanes<T>::sum(s0 + s1);
-  products += Lanes<T>::sum(q0 + q1);
+  if (count < L::kCount) return;
+  s0.add(s1);
+  q0.add(q1);
+  sum += s0.sum();
+  products += q0.sum();
 }
 
 // The same for each column of [rows, width], added to what is there; four rows at a time, so that
