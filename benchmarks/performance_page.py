@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import records, report
+from benchmarks.contestants import FASTLDM_COMPILED
 from benchmarks.gpu.contest import OURS
 from benchmarks.gpu.records import ROOT
 from benchmarks.gpu.stages import NAMES
@@ -164,16 +165,16 @@ def _spreads(ratios: Mapping[str, Mapping[str, Sequence[float]]]) -> Iterator[st
 
 def _summary(contents: Mapping[str, Content]) -> Iterator[str]:
     """How many times as long as ours another takes, over all sizes of a function."""
-    rows = []
+    ratios: dict[str, dict[str, list[float]]] = {}
     for content in contents.values():
         for function, tests in _by_function(content["benchmarks"]).items():
-            ratios: dict[str, list[float]] = {}
             for _, contestants in tests.values():
                 for name, ratio in _against_ours(contestants):
-                    ratios.setdefault(name, []).append(ratio)
-            found = [f"{name} {_mean_and_range(of_name)}" for name, of_name in ratios.items()]
-            if found:
-                rows.append(f"| {function} | {', '.join(found)} |")
+                    ratios.setdefault(function, {}).setdefault(name, []).append(ratio)
+    rows = []
+    for function, of_function in ratios.items():
+        found = [f"{name} {_mean_and_range(of_name)}" for name, of_name in of_function.items()]
+        rows.append(f"| {function} | {', '.join(found)} |")
     if rows:
         yield "How many times as long as fastldm another takes: the geometric mean over all sizes."
         yield "\n".join(["| | |", "| --- | --- |", *rows])
@@ -208,8 +209,12 @@ def _against_ours(contestants: Contestants) -> Iterator[tuple[str, float]]:
     if not ours.startswith(OURS):
         return
     for name in others:
-        if not name.startswith((OURS, *_YARDSTICKS)):
-            yield name, contestants[name]["median"] / contestants[ours]["median"]
+        if name.startswith((OURS, *_YARDSTICKS)):
+            continue
+        time = contestants[name]["median"]
+        yield name, time / contestants[ours]["median"]
+        if FASTLDM_COMPILED in contestants:
+            yield f"{name} (ours compiled, too)", time / contestants[FASTLDM_COMPILED]["median"]
 
 
 def _gpu(folder: Path) -> str:

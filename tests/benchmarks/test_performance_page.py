@@ -87,6 +87,26 @@ def test_nothing_lost(tmp_path: Path) -> None:
     assert "Left out" not in found
 
 
+def test_what_is_compiled_is_held_against_ours_compiled_too(tmp_path: Path) -> None:
+    eager, compiled = (f"benchmarks/test_unets.py::test_step[{name}]" for name in ("a", "b"))
+    times = {
+        eager: _times(fastldm=2.0, eager=4.0),
+        compiled: _times(**{"fastldm": 2.0, "fastldm compiled": 1.0, "torch.compile": 1.5}),
+    }
+    for name, node in (("unets.json", eager), ("unets_compiled.json", compiled)):
+        content = {
+            "stamp": STAMP, "benchmarks": {node: times[node]}, "ratios": {}, "disturbance": {}
+        }  # fmt: skip
+        _write(tmp_path / "a-processor", name, content)
+    found = page(tmp_path)
+    row = (
+        "| unets: step | eager 2.00, torch.compile 0.75, torch.compile (ours compiled, too) 1.50 |"
+    )
+    assert row in found
+    losses = [line for line in found.splitlines() if "of our time" in line]
+    assert losses == ["- unets: step, b: torch.compile takes 0.75 of our time"]
+
+
 def test_what_others_disturbed_is_left_out(tmp_path: Path) -> None:
     quiet, loud = (f"benchmarks/test_norm.py::test_forward[{name}]" for name in ("quiet", "loud"))
     content = {
