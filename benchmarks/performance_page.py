@@ -16,8 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import records, report
 from benchmarks.contestants import FASTLDM_COMPILED
+from benchmarks.gpu import records, report
 from benchmarks.gpu.contest import OURS
 from benchmarks.gpu.records import ROOT
 from benchmarks.gpu.stages import NAMES
