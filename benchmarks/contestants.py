@@ -22,6 +22,9 @@ PEERS = [
 ]
 """Whom a test holds our kernels against; torch.compile takes minutes before it can be timed."""
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+"""Of all contestants' weights: feature maps follow them."""
+
 Results = Sequence[Tensor]
 _LARGEST_ERROR = 1e-3
 
@@ -79,8 +82,10 @@ def assert_agreement(calls: Mapping[str, Callable[[], Results]], expected: Resul
             assert error <= _LARGEST_ERROR, f"{name} differs from plain torch by {error:.2g}"
 
 
-def diffusers_twin(network: Any) -> Callable[[], nn.Module]:
-    """What builds diffusers' class of the same name with the same config."""
+def diffusers_twin(
+    network: Any, layout: torch.memory_format = torch.contiguous_format
+) -> Callable[[], nn.Module]:
+    """What builds diffusers' class of the same name with the same config, in a layout."""
 
     def build() -> nn.Module:
         kind = getattr(pytest.importorskip("diffusers"), type(network).__name__)
@@ -90,7 +95,7 @@ def diffusers_twin(network: Any) -> Callable[[], nn.Module]:
         if heads := config.pop("num_attention_heads", None):
             config["attention_head_dim"] = heads
         built: nn.Module = kind(**config)
-        return built
+        return built.to(memory_format=layout)
 
     return build
 

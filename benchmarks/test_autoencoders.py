@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.contestants import PEERS, Results, contestants, diffusers_twin
+from benchmarks.contestants import LAYOUTS, PEERS, Results, contestants, diffusers_twin
 from benchmarks.timing import Race
 from fastldm.profiling import narrow
 
@@ -35,16 +35,21 @@ def test_encode(model: tuple[int, str], peers: Sequence[str], race: Race, device
 
 
 @pytest.mark.parametrize("peers", PEERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS, ids=NAMES)
-def test_decode(model: tuple[int, str], peers: Sequence[str], race: Race, device: str) -> None:
+def test_decode(
+    model: tuple[int, str], layout: str, peers: Sequence[str], race: Race, device: str
+) -> None:
     """With VQ the nearest codes are looked up first."""
     spec = narrow(*model, image_size=IMAGE_SIZE)
     first_stage = spec.build_first_stage(device)
     assert first_stage is not None
+    first_stage.eval().to(memory_format=LAYOUTS[layout])
     latents = torch.randn(1, *spec.latent_shape, device=device)
 
     @torch.no_grad()
     def work(network: nn.Module) -> Results:
         return (network.decode(latents).sample,)
 
-    race(contestants(first_stage.eval(), work, peers, diffusers_twin(first_stage)), ROUNDS)
+    twin = diffusers_twin(first_stage, LAYOUTS[layout])
+    race(contestants(first_stage, work, peers, twin), ROUNDS)

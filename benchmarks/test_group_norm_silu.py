@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.contestants import LAYOUTS
 from benchmarks.timing import Race
 from fastldm import ops
 
 SHAPES = [(2, 320, 64, 64), (1, 128, 256, 256), (2, 1280, 8, 8), (2, 960, 32, 32)]
-LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 GROUPS = 32
 
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.contestants import PEERS, Results, contestants, diffusers_twin
+from benchmarks.contestants import LAYOUTS, PEERS, Results, contestants, diffusers_twin
 from benchmarks.timing import Race
 from fastldm.profiling import narrow
 
@@ -43,15 +43,16 @@ class _Training:
 
 
 @pytest.mark.parametrize("peers", PEERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("f", [4, 8], ids="f={}".format)
-def test_diffusion(f: int, peers: Sequence[str], race: Race, device: str) -> None:
+def test_diffusion(f: int, layout: str, peers: Sequence[str], race: Race, device: str) -> None:
     """From cached latents."""
     spec = narrow(f, "vq")
-    unet = spec.build_unet(device)
+    unet = spec.build_unet(device).to(memory_format=LAYOUTS[layout])
     inputs = spec.unet_inputs(BATCH, device)
     noise = torch.randn_like(inputs[0])
     step = _Training(lambda network: F.mse_loss(network(*inputs).sample, noise))
-    race(contestants(unet, step, peers, diffusers_twin(unet)), ROUNDS)
+    race(contestants(unet, step, peers, diffusers_twin(unet, LAYOUTS[layout])), ROUNDS)
 
 
 @pytest.mark.parametrize("peers", PEERS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.contestants import PEERS, Results, contestants, diffusers_twin
+from benchmarks.contestants import LAYOUTS, PEERS, Results, contestants, diffusers_twin
 from benchmarks.timing import Race
 from fastldm.profiling import narrow
 
@@ -17,15 +17,18 @@ ROUNDS = 9
 
 
 @pytest.mark.parametrize("peers", PEERS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("conditioning", ["none", "class"])
 @pytest.mark.parametrize("f", [4, 8], ids="f={}".format)
-def test_step(f: int, conditioning: str, peers: Sequence[str], race: Race, device: str) -> None:
+def test_step(
+    f: int, conditioning: str, layout: str, peers: Sequence[str], race: Race, device: str
+) -> None:
     spec = narrow(f, "vq", conditioning)
-    unet = spec.build_unet(device).eval()
+    unet = spec.build_unet(device).eval().to(memory_format=LAYOUTS[layout])
     inputs = spec.unet_inputs(BATCH, device)
 
     @torch.no_grad()
     def work(network: nn.Module) -> Results:
         return (network(*inputs).sample,)
 
-    race(contestants(unet, work, peers, diffusers_twin(unet)), ROUNDS)
+    race(contestants(unet, work, peers, diffusers_twin(unet, LAYOUTS[layout])), ROUNDS)
