@@ -23,7 +23,7 @@ PEERS = [
 """Whom a test holds our kernels against; torch.compile takes minutes before it can be timed."""
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-"""Of all contestants' weights: feature maps follow them."""
+"""Of an operator's input, or of all contestants' weights: feature maps follow them."""
 
 Results = Sequence[Tensor]
 _LARGEST_ERROR = 1e-3

@@ -1,16 +1,14 @@
-#include <ATen/record_function.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include <string>
-#include <string_view>
-#include <utility>
 
 #include "cross_attention/cpu.h"
 #include "diffusion_step/cpu.h"
 #include "geglu/cpu.h"
 #include "group_norm_silu/autograd.h"
 #include "group_norm_silu/cpu.h"
+#include "recorded.h"
 #include "vector_quantize/cpu.h"
 #include "vector_quantize/nearest_codes.h"
 #include "vector_quantize/search_kernels.h"
@@ -20,18 +18,10 @@
 
 namespace {
 
-// A kernel that profilers see as they see the operators that torch's dispatcher calls.
-template <typename Result, typename... Arguments>
-auto recorded(const char* name, Result (*kernel)(Arguments...)) {
-  return [name = std::string("fastldm::") + name, kernel](Arguments... arguments) {
-    RECORD_FUNCTION(std::string_view(name), c10::ArrayRef<const c10::IValue>{});
-    return kernel(std::forward<Arguments>(arguments)...);
-  };
-}
-
 template <typename Kernel>
 void define(pybind11::module_& module, const char* name, Kernel* kernel) {
-  module.def(name, recorded(name, kernel), pybind11::call_guard<pybind11::gil_scoped_release>());
+  module.def(name, fastldm::recorded(name, kernel),
+             pybind11::call_guard<pybind11::gil_scoped_release>());
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 #include "group_norm_silu/autograd.h"
 
-#include <ATen/record_function.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 
@@ -8,6 +7,7 @@
 #include <array>
 
 #include "listeners.h"
+#include "recorded.h"
 
 namespace fastldm {
 namespace {
@@ -25,24 +25,17 @@ OptionalTensor given(const Tensor& value) {
   return value.defined() ? OptionalTensor(value) : std::nullopt;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward_of(const Operands& of, int64_t num_groups, double eps,
-                                              bool silu) {
-  RECORD_FUNCTION("fastldm::group_norm_silu_fwd", c10::ArrayRef<const c10::IValue>{});
-  return group_norm_silu_fwd(of[0], num_groups, given(of[1]), given(of[2]), eps, silu, given(of[3]),
-                             given(of[4]), given(of[5]), given(of[6]));
-}
-
 // A gradient for each operand, undefined where it is not needed.
 using Needs = std::array<bool, kTensors>;
 
 variable_list gradients_of(const Operands& of, const Tensor& mean, const Tensor& rstd,
                            const Needs& needs, const Tensor& grad_y, int64_t num_groups, double eps,
                            bool silu) {
-  RECORD_FUNCTION("fastldm::group_norm_silu_bwd", c10::ArrayRef<const c10::IValue>{});
+  static const auto kernel = recorded("group_norm_silu_bwd", &group_norm_silu_bwd);
   const auto [dx, dweight, dbias, dadd, dscale, dshift] =
-      group_norm_silu_bwd(grad_y, of[0], mean, rstd, num_groups, given(of[1]), given(of[2]), eps,
-                          silu, given(of[3]), given(of[4]), given(of[5]), given(of[6]),
-                          {needs[0] || needs[4], needs[1], needs[2], needs[3], needs[5], needs[6]});
+      kernel(grad_y, of[0], mean, rstd, num_groups, given(of[1]), given(of[2]), eps, silu,
+             given(of[3]), given(of[4]), given(of[5]), given(of[6]),
+             {needs[0] || needs[4], needs[1], needs[2], needs[3], needs[5], needs[6]});
   const variable_list found = {dx, dweight, dbias, dadd, dx, dscale, dshift};
   variable_list wanted(kTensors);
   for (size_t i = 0; i < kTensors; ++i) {
@@ -76,15 +69,13 @@ struct GroupNormSilu : torch::autograd::Function<GroupNormSilu> {
                         const OptionalTensor& bias, const OptionalTensor& channel_add,
                         const OptionalTensor& residual, const OptionalTensor& scale,
                         const OptionalTensor& shift, int64_t num_groups, double eps, bool silu) {
-    const Operands of = {x,
-                         weight.value_or(Tensor()),
-                         bias.value_or(Tensor()),
-                         channel_add.value_or(Tensor()),
-                         residual.value_or(Tensor()),
-                         scale.value_or(Tensor()),
-                         shift.value_or(Tensor())};
-    const auto [y, mean, rstd] = forward_of(of, num_groups, eps, silu);
-    variable_list saved(of.begin(), of.end());
+    static const auto kernel = recorded("group_norm_silu_fwd", &group_norm_silu_fwd);
+    const auto [y, mean, rstd] =
+        kernel(x, num_groups, weight, bias, eps, silu, channel_add, residual, scale, shift);
+    variable_list saved = {x};
+    for (const OptionalTensor* value : {&weight, &bias, &channel_add, &residual, &scale, &shift}) {
+      saved.push_back(value->value_or(Tensor()));
+    }
     saved.insert(saved.end(), {mean, rstd});
     context->save_for_backward(std::move(saved));
     context->saved_data["num_groups"] = num_groups;
@@ -140,9 +131,9 @@ py::object eager_group_norm_silu(py::handle x, int64_t num_groups, py::handle we
       y = GroupNormSilu::apply(of[0], given(of[1]), given(of[2]), given(of[3]), given(of[4]),
                                given(of[5]), given(of[6]), num_groups, eps, silu);
     } else {
-      RECORD_FUNCTION("fastldm::group_norm_silu", c10::ArrayRef<const c10::IValue>{});
-      y = group_norm_silu(of[0], num_groups, given(of[1]), given(of[2]), eps, silu, given(of[3]),
-                          given(of[4]), given(of[5]), given(of[6]));
+      static const auto kernel = recorded("group_norm_silu", &group_norm_silu);
+      y = kernel(of[0], num_groups, given(of[1]), given(of[2]), eps, silu, given(of[3]),
+                 given(of[4]), given(of[5]), given(of[6]));
     }
   }
   return py::reinterpret_steal<py::object>(THPVariable_Wrap(std::move(y)));

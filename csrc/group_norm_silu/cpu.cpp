@@ -8,6 +8,8 @@
 
 #include "fastldm/group_norm_silu.h"
 #include "fastldm/group_norm_silu_backward.h"
+#include "fastldm/group_norm_silu_channels_last.h"
+#include "fastldm/group_norm_silu_parameters.h"
 #include "parallel.h"
 #include "tensor_memory.h"
 

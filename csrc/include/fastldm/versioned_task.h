@@ -3,6 +3,9 @@
 // The code is told what its processor has: registers of so many bytes, and whether it fuses a
 // product and a sum. With contraction off, as this library is compiled, a fused operation is one
 // that the source asks for.
+//
+// A task may run another one in its own version. Each is a function, never inlined, so that the
+// inner one has all registers for itself.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +15,9 @@
 namespace fastldm {
 
 #if defined(__x86_64__)
-#define FASTLDM_TARGET(features) __attribute__((target(features)))
+#define FASTLDM_TARGET(features) __attribute__((noinline, target(features)))
 #else
-#define FASTLDM_TARGET(features)
+#define FASTLDM_TARGET(features) __attribute__((noinline))
 #endif
 
 #ifdef __FP_FAST_FMAF
@@ -38,15 +41,14 @@ __attribute__((noinline)) void run_default(const Task& task, int64_t begin, int6
 }
 
 template <typename Task>
-__attribute__((noinline)) FASTLDM_TARGET("avx2,fma") void run_avx2(const Task& task, int64_t begin,
-                                                                   int64_t end) {
+FASTLDM_TARGET("avx2,fma")
+void run_avx2(const Task& task, int64_t begin, int64_t end) {
   task.template run<Processor<InstructionSet::kAvx2, 32, true>>(begin, end);
 }
 
 template <typename Task>
-__attribute__((noinline)) FASTLDM_TARGET(
-    "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma") void run_avx512(const Task& task, int64_t begin,
-                                                                   int64_t end) {
+FASTLDM_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
+void run_avx512(const Task& task, int64_t begin, int64_t end) {
   task.template run<Processor<InstructionSet::kAvx512, 64, true>>(begin, end);
 }
 
