@@ -114,22 +114,30 @@ FASTLDM_INLINE void normalise(const T* __restrict__ h, Values centre, Values fac
   }
 }
 
+// y of the block that begins at `first`.
+template <typename Processor, typename T, typename Values>
+FASTLDM_INLINE void activate_block(const T* __restrict__ h, Values centre, Values factor,
+                                   Values offset, const ExpLimits<T>& limits, int64_t first,
+                                   T* __restrict__ y) {
+  constexpr int kCount = kBlock<Processor, T>;
+  T p[kCount];
+  normalise<Processor::kFused>(h, centre, factor, offset, first, kCount, p);
+  silu<Processor::kFused, kCount>(p, limits, y + first);
+}
+
 // y of `count` elements. Meanwhile those of `ahead` come into the cache.
 template <typename Processor, typename T, typename Values>
 FASTLDM_INLINE void activate(const T* __restrict__ h, Values centre, Values factor, Values offset,
                              const ExpLimits<T>& limits, int64_t count, T* __restrict__ y,
                              const Ahead& ahead = {}) {
-  constexpr bool kFused = Processor::kFused;
   constexpr int kCount = kBlock<Processor, T>;
   int64_t done = 0;
   for (; done + kCount <= count; done += kCount) {
     // Where a block is one number it would keep the loop from becoming vector code.
     if constexpr (kCount > 1) ahead.request(done, kCount);
-    T p[kCount];
-    normalise<kFused>(h, centre, factor, offset, done, kCount, p);
-    silu<kFused, kCount>(p, limits, y + done);
+    activate_block<Processor>(h, centre, factor, offset, limits, done, y);
   }
-  normalise<kFused>(h, centre, factor, offset, done, count - done, y + done);
+  normalise<Processor::kFused>(h, centre, factor, offset, done, count - done, y + done);
   silu<Processor>(y + done, count - done, limits);
 }
 
@@ -191,8 +199,12 @@ struct ChannelNormalisation {
   template <typename Processor>
   FASTLDM_INLINE void run(int64_t begin, int64_t end) const {
     const ExpLimits<T> limits;
+    constexpr int kCount = kBlock<Processor, T>;
+    if (silu && kCount > 1 && pixels % kCount == 0) {
+      return activate_blocks<Processor>(begin, end, limits);
+    }
     // Channels that fill no block are activated together.
-    const bool is_short = pixels < kBlock<Processor, T>;
+    const bool is_short = pixels < kCount;
     for (int64_t c = begin; c < end; ++c) {
       const int64_t first = c * pixels;
       const Same<T> same_centre{centre}, same_factor{factor[c]}, same_offset{offset[c]};
@@ -206,6 +218,26 @@ struct ChannelNormalisation {
     }
     if (silu && is_short) {
       fastldm::silu<Processor>(y + begin * pixels, (end - begin) * pixels, limits);
+    }
+  }
+
+  // Channels of whole blocks. Without remainders the loops are one, to which the constants of silu
+  // are loaded once, and not for each channel.
+  template <typename Processor>
+  FASTLDM_INLINE void activate_blocks(int64_t begin, int64_t end,
+                                      const ExpLimits<T>& limits) const {
+    constexpr int kCount = kBlock<Processor, T>;
+    const int64_t blocks = pixels / kCount;
+    const T* from = h + begin * pixels;
+    T* to = y + begin * pixels;
+    Ahead next = ahead.from(begin * pixels);
+    for (int64_t c = begin; c < end; ++c) {
+      const Same<T> same_centre{centre}, same_factor{factor[c]}, same_offset{offset[c]};
+      for (int64_t block = 0; block < blocks; ++block, from += kCount, to += kCount) {
+        next.request(0, kCount);
+        next = next.from(kCount);
+        activate_block<Processor>(from, same_centre, same_factor, same_offset, limits, 0, to);
+      }
     }
   }
 };

@@ -21,12 +21,11 @@ FASTLDM_INLINE int64_t bytes_of(Storage type) {
   return 0;
 }
 
-// The lines of the bytes [begin, end), into the nearest cache (3) or the next (2).
-template <int nearness>
+// The lines of the bytes [begin, end), into the nearest cache.
 FASTLDM_INLINE void request_lines(const void* data, int64_t begin, int64_t end) {
   const uintptr_t from = reinterpret_cast<uintptr_t>(data);
   for (int64_t at = begin; at < end; at += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(from + at), 0, nearness);
+    __builtin_prefetch(reinterpret_cast<const void*>(from + at), 0, 3);
   }
 }
 
@@ -35,7 +34,7 @@ FASTLDM_INLINE void request_lines(const void* data, int64_t begin, int64_t end) 
 FASTLDM_INLINE void prefetch(const void* data, Storage type, int64_t first, int64_t count) {
   if (!data) return;
   const int64_t bytes = bytes_of(type);
-  request_lines<3>(data, first * bytes, (first + count) * bytes);
+  request_lines(data, first * bytes, (first + count) * bytes);
 }
 
 // Elements that will be wanted, fetched in step with the computation of others; by default none.
@@ -55,7 +54,7 @@ struct Ahead {
   }
 
   FASTLDM_INLINE void request(int64_t first, int64_t count) const {
-    request_lines<2>(data, first * bytes_each, (first + count) * bytes_each);
+    request_lines(data, first * bytes_each, (first + count) * bytes_each);
   }
 };
 
