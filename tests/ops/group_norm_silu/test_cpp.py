@@ -17,6 +17,8 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LAYOUTS = ["contiguous", "channels_last"]
 # A channel shorter than a run, longer, and no multiple of a register; few and many channels.
 SHAPES = [(2, 24, 5, 3), (1, 8, 67, 71), (3, 96, 16, 16), (2, 1280, 3, 3), (2, 6, 1, 1)]
+# Pixels, and with channels innermost channels, that fill blocks of 32 and 64 or leave a rest.
+BLOCKS = [(2, 24, 8, 8), (2, 64, 8, 24), (2, 80, 5, 16), (1, 12, 16, 65), (3, 128, 2, 2)]
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +28,17 @@ def _served_by_cpp() -> Iterator[None]:
 
 
 def _results(
-    shape: tuple[int, ...], layout: str, dtype: torch.dtype, laid_out: Any
+    shape: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    laid_out: Any,
+    stored_as: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Output and every gradient, with every option."""
+    """Output and every gradient, with every option, of numbers that `stored_as` has, too."""
     generator = torch.Generator().manual_seed(7)
 
     def draw(size: tuple[int, ...]) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator).to(stored_as or dtype).to(dtype)
 
     x, residual, upstream = (laid_out(draw(shape), layout) for _ in range(3))
     weight, bias = draw(shape[1:2]), draw(shape[1:2])
@@ -62,6 +68,23 @@ def test_the_same_bits_for_any_number_of_threads(
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", BLOCKS, ids=str)
+def test_whole_blocks_and_rests(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, laid_out: Any, assert_accurate: Any
+) -> None:
+    found = _results(shape, layout, dtype, laid_out)
+    with ops.backend("reference"):
+        plain = _results(shape, layout, dtype, laid_out)
+        exact = _results(shape, layout, torch.float64, laid_out, stored_as=dtype)
+    for got, same_dtype, truth in zip(found, plain, exact, strict=True):
+        if dtype == torch.float64:
+            torch.testing.assert_close(got, truth, rtol=1e-10, atol=1e-10)
+        else:
+            assert_accurate(got, same_dtype, truth)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shape", [(2, 24, 5, 3), (1, 8, 67, 71)], ids=str)
@@ -76,19 +99,20 @@ def test_every_element_is_written_and_none_beside(
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def _silu_of(p: Tensor, layout: str, laid_out: Any) -> Tensor:
+def _silu_of(p: Tensor, layout: str, laid_out: Any, pixels: int = 17) -> Tensor:
     """silu(p) through the bias of a channel each; a weight of 0 silences the norm."""
     channels = p.numel()
-    x = laid_out(torch.randn(1, channels, 1, 17).to(p.dtype), layout)
+    x = laid_out(torch.randn(1, channels, 1, pixels).to(p.dtype), layout)
     y = group_norm_silu(x, 1, torch.zeros_like(p), p)
     assert torch.equal(y, y[..., :1].expand_as(y)) or y.isnan().any()
     return y[0, :, 0, 0]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_silu_to_two_ulp(layout: str, laid_out: Any) -> None:
+@pytest.mark.parametrize("pixels", [17, 64, 80])
+def test_silu_to_two_ulp(layout: str, pixels: int, laid_out: Any) -> None:
     p = torch.cat([torch.linspace(-20, 20, 20001), torch.logspace(-30, 1, 4000)])
-    found = _silu_of(p, layout, laid_out).double()
+    found = _silu_of(p, layout, laid_out, pixels).double()
     exact = p.double() * p.double().sigmoid()
     error = (found - exact).abs() / (exact.abs() * torch.finfo(torch.float32).eps)
     assert error[exact != 0].max() <= 2
