@@ -313,16 +313,13 @@ struct ChannelsLastSums {
       for (int64_t first = blocks.first(block), count; first < last; first += count) {
         count = std::min(walk.rows, last - first);
         walk.template make<Processor>(b, first, count, false);
-        add_weighted_columns(walk.g, walk.h, count, channels, mean, to, to + channels);
-        if (with_sum_of_n) add_distances(walk.h, count, mean, to + 2 * channels);
+        add_columns<Processor>(WeightedColumns<T>{walk.g, walk.h, mean}, count, channels,
+                               {to, to + channels});
+        if (with_sum_of_n) {
+          add_columns<Processor>(ColumnDistances<T>{walk.h, mean}, count, channels,
+                                 {to + 2 * channels});
+        }
       }
-    }
-  }
-
-  FASTLDM_INLINE void add_distances(const T* __restrict__ h, int64_t count,
-                                    const T* __restrict__ mean, T* __restrict__ sums_of_n) const {
-    for (int64_t row = 0; row < count; ++row, h += from.channels) {
-      for (int64_t c = 0; c < from.channels; ++c) sums_of_n[c] += h[c] - mean[c];
     }
   }
 };

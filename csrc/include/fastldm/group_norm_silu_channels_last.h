@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "fastldm/column_sums.h"
 #include "fastldm/group_norm_silu.h"
 
 namespace fastldm::norm {
@@ -68,12 +69,13 @@ struct ChannelsLastMoments {
       std::fill(sums.begin(), sums.end(), T(0));
       std::fill(squares.begin(), squares.end(), T(0));
       const int64_t sample = (count + 3) / 4;
-      add_columns(h, sample, channels, sums.data());
+      add_columns<Processor>(ColumnValues<T>{h}, sample, channels, {sums.data()});
       for (int64_t c = 0; c < channels; ++c) {
         centre[c] = sums[c] / static_cast<T>(sample);
         sums[c] = 0;
       }
-      add_column_deviations(h, count, channels, centre.data(), sums.data(), squares.data());
+      add_columns<Processor>(ColumnDeviations<T>{h, centre.data()}, count, channels,
+                             {sums.data(), squares.data()});
       for (int64_t c = 0; c < channels; ++c) {
         const T shift = sums[c] / static_cast<T>(count), spread = squares[c] - sums[c] * shift;
         means[c] = static_cast<double>(centre[c]) + shift;

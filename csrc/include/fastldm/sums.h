@@ -155,66 +155,6 @@ FASTLDM_INLINE void sum_weighted(const T* g, const T* values, int64_t count, T c
   products += q0.sum();
 }
 
-// The same for each column of [rows, width], added to what is there; four rows at a time, so that
-// the sums are read and written once in four rows.
-template <typename T>
-FASTLDM_INLINE void add_columns(const T* __restrict__ values, int64_t rows, int64_t width,
-                                T* __restrict__ sums) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, values += 4 * width) {
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c] += (values[c] + values[width + c]) + (values[2 * width + c] + values[3 * width + c]);
-    }
-  }
-  for (; row < rows; ++row, values += width) {
-    for (int64_t c = 0; c < width; ++c) sums[c] += values[c];
-  }
-}
-
-template <typename T>
-FASTLDM_INLINE void add_column_deviations(const T* __restrict__ values, int64_t rows, int64_t width,
-                                          const T* __restrict__ centres, T* __restrict__ sums,
-                                          T* __restrict__ squares) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, values += 4 * width) {
-    for (int64_t c = 0; c < width; ++c) {
-      const T d0 = values[c] - centres[c], d1 = values[width + c] - centres[c];
-      const T d2 = values[2 * width + c] - centres[c], d3 = values[3 * width + c] - centres[c];
-      sums[c] += (d0 + d1) + (d2 + d3);
-      squares[c] += (d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3);
-    }
-  }
-  for (; row < rows; ++row, values += width) {
-    for (int64_t c = 0; c < width; ++c) {
-      const T d = values[c] - centres[c];
-      sums[c] += d;
-      squares[c] += d * d;
-    }
-  }
-}
-
-template <typename T>
-FASTLDM_INLINE void add_weighted_columns(const T* __restrict__ g, const T* __restrict__ values,
-                                         int64_t rows, int64_t width, const T* __restrict__ centres,
-                                         T* __restrict__ sums, T* __restrict__ products) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4, g += 4 * width, values += 4 * width) {
-    for (int64_t c = 0; c < width; ++c) {
-      const T g0 = g[c], g1 = g[width + c], g2 = g[2 * width + c], g3 = g[3 * width + c];
-      sums[c] += (g0 + g1) + (g2 + g3);
-      products[c] +=
-          (g0 * (values[c] - centres[c]) + g1 * (values[width + c] - centres[c])) +
-          (g2 * (values[2 * width + c] - centres[c]) + g3 * (values[3 * width + c] - centres[c]));
-    }
-  }
-  for (; row < rows; ++row, g += width, values += width) {
-    for (int64_t c = 0; c < width; ++c) {
-      sums[c] += g[c];
-      products[c] += g[c] * (values[c] - centres[c]);
-    }
-  }
-}
-
 // Mean and sum of squared deviations of a set, and those of the union of two sets
 // (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm", 1979).
 struct Moments {
