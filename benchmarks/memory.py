@@ -16,11 +16,12 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Have malloc keep what is freed, as a training loop or a sampler does in the long run.
+    """Have malloc keep what is freed.
 
-    By default glibc maps a large tensor afresh at each call and unmaps it after; the kernel then
-    clears its pages one fault at a time, which takes longer than the work on them and varies
-    several times more. False where the C library has no such setting.
+    By default glibc maps a large tensor afresh at each call and unmaps it after, one of more than
+    32 MB however often it was there; the kernel then clears its pages one fault at a time, which
+    takes longer than an operator's work on them, varies several times more, and is no contestant's
+    doing. False where the C library has no such setting.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -64,7 +64,9 @@ def page(folder: Path) -> str:
         "[benchmarks/results](../benchmarks/results), which `pytest benchmarks --results FILE` and "
         "`python -m benchmarks.gpu` write. Times are medians of contestants that had their turns "
         "one after another, each after its result was checked; in brackets how many times as long "
-        "as the first one took. Only figures from one file were measured together.",
+        "as the first one took. Only figures from one file were measured together. On a CPU the "
+        "process keeps the memory that it frees; with glibc's settings each new tensor of more "
+        "than 32 MB costs its pages again, in every contestant.",
     ]
     for device in devices:
         parts += list(_device(device))
