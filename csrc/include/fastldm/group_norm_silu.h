@@ -141,12 +141,29 @@ FASTLDM_INLINE void activate(const T* __restrict__ h, Values centre, Values fact
   silu<Processor>(y + done, count - done, limits);
 }
 
-// The parts in which a contiguous group is walked: whole channels as long as they fit into a run,
-// or pieces of one channel. `first` and `count` are in elements of the group.
-FASTLDM_INLINE int64_t length_of_run(int64_t first, int64_t group_size, int64_t pixels) {
-  if (pixels <= kRun) return std::min(group_size - first, kRun / pixels * pixels);
-  return std::min(kRun, pixels - first % pixels);
-}
+// The runs in which a contiguous group is walked, in its elements: whole channels, as many as fit,
+// or pieces of one channel.
+struct Runs {
+  int64_t count;
+
+  FASTLDM_INLINE Runs(int64_t group_size, int64_t pixels)
+      : whole_(pixels <= kRun ? group_size : pixels),
+        each_(pixels <= kRun ? kRun / pixels * pixels : kRun),
+        pieces_((whole_ + each_ - 1) / each_) {
+    count = group_size / whole_ * pieces_;
+  }
+
+  FASTLDM_INLINE int64_t first(int64_t run) const {
+    return run / pieces_ * whole_ + run % pieces_ * each_;
+  }
+  FASTLDM_INLINE int64_t size(int64_t run) const {
+    return std::min(each_, whole_ - run % pieces_ * each_);
+  }
+
+ private:
+  // No run goes beyond a whole, which has so many pieces.
+  int64_t whole_, each_, pieces_;
+};
 
 // `count` elements of the group whose first channel is `channel`, from its element `first` on.
 template <typename T>
@@ -242,8 +259,9 @@ struct ChannelNormalisation {
   }
 };
 
-// Contiguous: a task is a group, read twice and written once. While one is normalised, which is
-// mostly computation, the next one comes into the cache.
+// Contiguous: a task is a group, read twice and written once. The second time the last runs come
+// first: they are in the cache yet. While a group is normalised, which is mostly computation, the
+// next one comes into the cache.
 template <typename T>
 struct ContiguousForward {
   Operands<T> from;
@@ -255,6 +273,7 @@ struct ContiguousForward {
     alignas(64) T buffer[kRun], rounded[kRun];
     Loader<T> loader(from, kRun);
     const int64_t depth = from.group_channels(), size = depth * from.pixels;
+    const Runs runs(size, from.pixels);
     std::vector<T> factor(depth), offset(depth);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / from.groups, channel = task % from.groups * depth;
@@ -262,8 +281,9 @@ struct ContiguousForward {
       Moments all;
       for (const bool is_last : {false, true}) {
         if (is_last) prepare(all, task, factor.data(), offset.data());
-        for (int64_t first = 0, count; first < size; first += count) {
-          count = length_of_run(first, size, from.pixels);
+        for (int64_t step = 0; step < runs.count; ++step) {
+          const int64_t run = is_last ? runs.count - 1 - step : step;
+          const int64_t first = runs.first(run), count = runs.size(run);
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
           if (!is_last) {
             const int64_t sample = (count + 3) / 4;

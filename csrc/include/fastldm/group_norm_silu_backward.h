@@ -158,7 +158,7 @@ struct ChannelDownstream : ChannelRun<T> {
   }
 };
 
-// Contiguous: a task is a group.
+// Contiguous: a task is a group, walked twice as in the forward pass.
 template <typename T>
 struct ContiguousBackward {
   BackwardOperands<T> from;
@@ -171,6 +171,7 @@ struct ContiguousBackward {
     alignas(64) T buffer[kRun], of_grad[kRun], of_g[kRun];
     Loader<T> loader(from, kRun);
     const int64_t depth = from.group_channels(), size = depth * from.pixels;
+    const Runs runs(size, from.pixels);
     std::vector<T> factor(depth), offset(depth);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / from.groups, channel = task % from.groups * depth;
@@ -191,21 +192,23 @@ struct ContiguousBackward {
           level = static_cast<T>(rstd * mean_of.g);
           slope = static_cast<T>(rstd * mean_of.gn) * rstd;
         }
-        for (int64_t first = 0, count; first < size; first += count) {
-          count = length_of_run(first, size, from.pixels);
+        for (int64_t step = 0; step < runs.count; ++step) {
+          const int64_t run = is_last ? runs.count - 1 - step : step;
+          const int64_t first = runs.first(run), count = runs.size(run);
           const int64_t piece = std::min(count, from.pixels), c = first / from.pixels;
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
           T* g = grad_x.data ? room(grad_x, base + first, of_g) : of_g;
-          const ChannelRun<T> run{h, g, piece, mean, factor.data() + c};
+          const ChannelRun<T> channels{h, g, piece, mean, factor.data() + c};
           if (!is_last || !keeps<T>(grad_x)) {
             const T* grad = read_upward(from.grad_y, base + first, count, of_grad);
             run_for(Processor::kSet,
-                    ChannelUpstream<T>{run, grad, offset.data() + c, from.silu,
+                    ChannelUpstream<T>{channels, grad, offset.data() + c, from.silu,
                                        is_last ? ChannelSums() : of_group.from(c), with_sum_of_n},
                     0, count / piece);
           }
           if (is_last) {
-            run_for(Processor::kSet, ChannelDownstream<T>{run, slope, level}, 0, count / piece);
+            run_for(Processor::kSet, ChannelDownstream<T>{channels, slope, level}, 0,
+                    count / piece);
             flush(g, grad_x, base + first, count);
           }
         }

@@ -18,15 +18,9 @@ LAYOUTS = ["contiguous", "channels_last"]
 # A channel shorter than a run, longer, and no multiple of a register; few and many channels.
 SHAPES = [(2, 24, 5, 3), (1, 8, 67, 71), (3, 96, 16, 16), (2, 1280, 3, 3), (2, 6, 1, 1)]
 # Pixels, and with channels innermost channels, that fill blocks of 32 and 64, or leave a rest: of
-# 30, registers of every width and single numbers.
-BLOCKS = [
-    (2, 24, 8, 8),
-    (2, 64, 8, 24),
-    (2, 80, 5, 16),
-    (1, 12, 16, 65),
-    (3, 128, 2, 2),
-    (2, 30, 5, 7),
-]
+# 30, registers of every width and single numbers. Pixels of more than a run.
+BLOCKS = [(2, 24, 8, 8), (2, 64, 8, 24), (2, 80, 5, 16), (1, 12, 16, 65), (3, 128, 2, 2),
+          (2, 30, 5, 7), (2, 8, 64, 67)]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
