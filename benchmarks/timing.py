@@ -84,13 +84,16 @@ def interleaved(
 ) -> dict[str, Times]:
     """The time of a call of each contestant.
 
-    Each has a turn in every round, of so many calls that the clock is fine enough.
+    Each has a turn in every round, of so many calls that the clock is fine enough. Each round
+    begins with another one, so that none has the same predecessor's caches all the time.
     """
     calls = {name: repeats_of(call, timer) for name, call in contestants.items()}
     turns: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            turns[name].append(_seconds(call, calls[name], timer))
+    names = list(contestants)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            turns[name].append(_seconds(contestants[name], calls[name], timer))
     return {name: Times(calls[name], turns[name]) for name in contestants}
 
 

@@ -16,7 +16,7 @@ class _Clock:
         return self.now
 
 
-def test_contestants_have_their_turns_one_after_another() -> None:
+def test_contestants_take_turns_and_begin_in_turn() -> None:
     clock, called = _Clock(), []
 
     def takes(name: str, seconds: float):
@@ -28,7 +28,8 @@ def test_contestants_have_their_turns_one_after_another() -> None:
 
     found = interleaved({"slow": takes("slow", 0.5), "fast": takes("fast", 1e-3)}, 3, clock)
     # One call warms up and one is timed; the fast one's turn is of two calls.
-    assert called == ["slow"] * 2 + ["fast"] * 5 + ["slow", "fast", "fast"] * 3
+    rounds = ["slow", "fast", "fast"] + ["fast", "fast", "slow"] + ["slow", "fast", "fast"]
+    assert called == ["slow"] * 2 + ["fast"] * 5 + rounds
     assert found["slow"].calls == 1
     assert found["slow"].turns == pytest.approx([0.5] * 3)
     assert found["fast"].calls == 2
