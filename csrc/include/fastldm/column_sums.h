@@ -30,41 +30,52 @@ struct ColumnValues {
   }
 };
 
-// v - centre, where each column has its centre.
+// How far elements are from their column's centre.
 template <typename T>
-struct ColumnDistances {
-  static constexpr int kTerms = 1;
+struct FromCentres {
   const T *values, *centres;
 
   template <typename V>
-  FASTLDM_INLINE void at(int64_t element, int64_t column, V (&terms)[1]) const {
-    terms[0] = load_as<V>(values + element) - load_as<V>(centres + column);
+  FASTLDM_INLINE V at(int64_t element, int64_t column) const {
+    return load_as<V>(values + element) - load_as<V>(centres + column);
   }
 };
 
-// v - centre and its square.
+template <typename T>
+struct ColumnDistances {
+  static constexpr int kTerms = 1;
+  FromCentres<T> distances;
+
+  template <typename V>
+  FASTLDM_INLINE void at(int64_t element, int64_t column, V (&terms)[1]) const {
+    terms[0] = distances.template at<V>(element, column);
+  }
+};
+
+// The distance and its square.
 template <typename T>
 struct ColumnDeviations {
   static constexpr int kTerms = 2;
-  const T *values, *centres;
+  FromCentres<T> distances;
 
   template <typename V>
   FASTLDM_INLINE void at(int64_t element, int64_t column, V (&terms)[2]) const {
-    terms[0] = load_as<V>(values + element) - load_as<V>(centres + column);
+    terms[0] = distances.template at<V>(element, column);
     terms[1] = terms[0] * terms[0];
   }
 };
 
-// g and g (v - centre).
+// A weight g and its product with the distance.
 template <typename T>
 struct WeightedColumns {
   static constexpr int kTerms = 2;
-  const T *g, *values, *centres;
+  const T* g;
+  FromCentres<T> distances;
 
   template <typename V>
   FASTLDM_INLINE void at(int64_t element, int64_t column, V (&terms)[2]) const {
     terms[0] = load_as<V>(g + element);
-    terms[1] = terms[0] * (load_as<V>(values + element) - load_as<V>(centres + column));
+    terms[1] = terms[0] * distances.template at<V>(element, column);
   }
 };
 

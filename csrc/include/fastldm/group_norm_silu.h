@@ -153,11 +153,14 @@ struct Runs {
     count = group_size / whole_ * pieces_;
   }
 
-  FASTLDM_INLINE int64_t first(int64_t run) const {
-    return run / pieces_ * whole_ + run % pieces_ * each_;
-  }
-  FASTLDM_INLINE int64_t size(int64_t run) const {
-    return std::min(each_, whole_ - run % pieces_ * each_);
+  struct Run {
+    int64_t first, count;
+  };
+
+  // In their order, or the last one first.
+  FASTLDM_INLINE Run at(int64_t step, bool backwards) const {
+    const int64_t run = backwards ? count - 1 - step : step, piece = run % pieces_ * each_;
+    return {run / pieces_ * whole_ + piece, std::min(each_, whole_ - piece)};
   }
 
  private:
@@ -282,8 +285,7 @@ struct ContiguousForward {
       for (const bool is_last : {false, true}) {
         if (is_last) prepare(all, task, factor.data(), offset.data());
         for (int64_t step = 0; step < runs.count; ++step) {
-          const int64_t run = is_last ? runs.count - 1 - step : step;
-          const int64_t first = runs.first(run), count = runs.size(run);
+          const auto [first, count] = runs.at(step, is_last);
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
           if (!is_last) {
             const int64_t sample = (count + 3) / 4;

@@ -193,22 +193,20 @@ struct ContiguousBackward {
           slope = static_cast<T>(rstd * mean_of.gn) * rstd;
         }
         for (int64_t step = 0; step < runs.count; ++step) {
-          const int64_t run = is_last ? runs.count - 1 - step : step;
-          const int64_t first = runs.first(run), count = runs.size(run);
+          const auto [first, count] = runs.at(step, is_last);
           const int64_t piece = std::min(count, from.pixels), c = first / from.pixels;
           const T* h = load_run(from, loader, b, channel, first, count, buffer);
           T* g = grad_x.data ? room(grad_x, base + first, of_g) : of_g;
-          const ChannelRun<T> channels{h, g, piece, mean, factor.data() + c};
+          const ChannelRun<T> run{h, g, piece, mean, factor.data() + c};
           if (!is_last || !keeps<T>(grad_x)) {
             const T* grad = read_upward(from.grad_y, base + first, count, of_grad);
             run_for(Processor::kSet,
-                    ChannelUpstream<T>{channels, grad, offset.data() + c, from.silu,
+                    ChannelUpstream<T>{run, grad, offset.data() + c, from.silu,
                                        is_last ? ChannelSums() : of_group.from(c), with_sum_of_n},
                     0, count / piece);
           }
           if (is_last) {
-            run_for(Processor::kSet, ChannelDownstream<T>{channels, slope, level}, 0,
-                    count / piece);
+            run_for(Processor::kSet, ChannelDownstream<T>{run, slope, level}, 0, count / piece);
             flush(g, grad_x, base + first, count);
           }
         }
@@ -316,10 +314,11 @@ struct ChannelsLastSums {
       for (int64_t first = blocks.first(block), count; first < last; first += count) {
         count = std::min(walk.rows, last - first);
         walk.template make<Processor>(b, first, count, false);
-        add_columns<Processor>(WeightedColumns<T>{walk.g, walk.h, mean}, count, channels,
+        const FromCentres<T> distances{walk.h, mean};
+        add_columns<Processor>(WeightedColumns<T>{walk.g, distances}, count, channels,
                                {to, to + channels});
         if (with_sum_of_n) {
-          add_columns<Processor>(ColumnDistances<T>{walk.h, mean}, count, channels,
+          add_columns<Processor>(ColumnDistances<T>{distances}, count, channels,
                                  {to + 2 * channels});
         }
       }

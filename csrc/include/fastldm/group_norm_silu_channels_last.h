@@ -74,7 +74,7 @@ struct ChannelsLastMoments {
         centre[c] = sums[c] / static_cast<T>(sample);
         sums[c] = 0;
       }
-      add_columns<Processor>(ColumnDeviations<T>{h, centre.data()}, count, channels,
+      add_columns<Processor>(ColumnDeviations<T>{{h, centre.data()}}, count, channels,
                              {sums.data(), squares.data()});
       for (int64_t c = 0; c < channels; ++c) {
         const T shift = sums[c] / static_cast<T>(count), spread = squares[c] - sums[c] * shift;
